@@ -1,0 +1,55 @@
+"""Strict settings: an unknown or ill-typed key is an error that names the nearest valid one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+class Settings(BaseModel):
+    """A frozen group of settings, loaded strictly."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def load_settings(kind: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of ``kind`` (a ``Settings`` class or a dataclass) from plain values.
+
+    Numbers may come as text, as from a command line.
+
+    Raises:
+        ValueError: naming the key, what was expected and what came.
+    """
+    names = _names(kind)
+    for key in values:
+        if key not in names:
+            raise ValueError(unknown("setting", key, names, of=kind.__name__))
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, received {e['input']!r}"
+            for e in error.errors()
+        ]
+        raise ValueError(f"{kind.__name__}: " + "; ".join(problems)) from None
+
+
+def unknown(what: str, received: str, valid: Iterable[str], of: str = "") -> str:
+    """The text of an error about a name that does not exist, with the nearest that does."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(received, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    place = f" of {of}" if of else ""
+    return f"unknown {what} {received!r}{place}: {hint}Valid names: {', '.join(valid)}"
+
+
+def _names(kind: type[Any]) -> set[str]:
+    if dataclasses.is_dataclass(kind):
+        return {field.name for field in dataclasses.fields(kind)}
+    return set(kind.model_fields)

@@ -1,0 +1,161 @@
+"""From a log to a recommender: split, train, choose on validation, test, build all states."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from everlong.config import load_settings
+from everlong.dataset import Dataset
+from everlong.evaluate import evaluate
+from everlong.events import Events, read_events
+from everlong.model import UserModel
+from everlong.models import config_class, load_model_class
+from everlong.provenance import hardware, versions
+from everlong.recommender import Origin, Recommender, read_into, to_catalogue
+from everlong.split import PAPER, TEMPORAL, Protocol, Split, split
+from everlong.table import Source
+from everlong.train import TrainConfig, TrainResult, train
+
+log = logging.getLogger(__name__)
+
+PROTOCOLS: Mapping[str, Protocol] = {"paper": PAPER, "temporal": TEMPORAL}
+
+
+def fit(
+    events: Source | Events,
+    model: str = "lru",
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    training: TrainConfig | Mapping[str, Any] | None = None,
+    protocol: str | Protocol | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+) -> Recommender:
+    """A recommender trained on a log, with the states of all its users.
+
+    The log is split by the protocol; the model learns from the training part, the best epoch is
+    chosen on the validation part, and the test part is measured once. Then every user's whole
+    history is read, so that recommendations follow the last event of the log.
+
+    Args:
+        events: ``Events``, or anything that ``read_events`` reads, with its default columns.
+        model: name of a built-in model.
+        architecture: settings of the model that differ from its defaults.
+        training: settings of the training that differ from their defaults.
+        protocol: ``"temporal"``, ``"paper"`` or a protocol of your own; by default ``temporal``
+            where the log has times and ``paper`` where it has only an order.
+        folder: where checkpoints and the training log go.
+        resume: continue from the checkpoint in ``folder``.
+        device: where to train and score.
+
+    Raises:
+        ValueError: for unknown names or settings, or a log that cannot be read or split.
+        Interrupted: after Ctrl-C, once the checkpoint is written.
+    """
+    # settings first: a misspelt one must not cost the reading of a long log
+    model_class = load_model_class(model)
+    config = training if isinstance(training, TrainConfig) else _training(training)
+    if not isinstance(events, Events):
+        events = read_events(events)
+    parts = split(events, choose_protocol(protocol, events))
+    network = make_model(model_class, parts, architecture or {}, config.seed).to(device)
+    result = train(
+        network,
+        Dataset(parts.events, parts.train),
+        config,
+        validate=lambda trained: validation_metrics(trained, parts),
+        folder=None if folder is None else Path(folder),
+        resume=resume,
+        device=device,
+    )
+    origin = Origin(
+        model=model,
+        train=config,
+        protocol=parts.protocol,
+        time_unit=events.facts.time_unit,
+        data=data_facts(events),
+        metrics=measure(network, parts, result),
+    )
+    recommender = Recommender(network, parts.events.item_ids, origin)
+    known, dropped = to_catalogue(events, parts.events.item_ids)
+    recommender.users.add(known.user_ids.ids(np.arange(known.num_users)))
+    read_into(network, recommender.users, known)
+    if dropped:
+        log.info("%d events of items outside the training catalogue are in no state", dropped)
+    return recommender
+
+
+def choose_protocol(protocol: str | Protocol | None, events: Events) -> Protocol:
+    """The protocol that was named, or the one that the log allows.
+
+    Raises:
+        ValueError: if there is no protocol of that name.
+    """
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol is None:
+        protocol = "paper" if events.facts.time_unit == "position" else "temporal"
+        log.info("protocol %s, because of the times of this log", protocol)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+def make_model(
+    model_class: type[UserModel], parts: Split, architecture: Mapping[str, Any], seed: int
+) -> UserModel:
+    """A model for the catalogue of a split, initialised by a seed.
+
+    Raises:
+        ValueError: if a setting is unknown or impossible.
+    """
+    if "num_items" in architecture:
+        raise ValueError("num_items follows from the log: leave it out of the architecture")
+    settings = {**architecture, "num_items": parts.events.num_items}
+    config = load_settings(config_class(model_class), settings)
+    # the caller's random numbers go on as if nothing had been drawn
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config)
+
+
+def validation_metrics(model: UserModel, parts: Split) -> dict[str, float]:
+    """Means of all metrics on the validation part."""
+    seen = parts.protocol.seen
+    result = evaluate(model, parts.events, parts.validation, seen=seen)
+    return {name: value.mean for name, value in result.metrics.items()}
+
+
+def measure(model: UserModel, parts: Split, result: TrainResult) -> dict[str, Any]:
+    """Results on validation and test, with protocol, versions and hardware."""
+    facts: dict[str, Any] = {}
+    for name, targets in (("validation", parts.validation), ("test", parts.test)):
+        if targets.user.size:
+            found = evaluate(model, parts.events, targets, seen=parts.protocol.seen)
+            facts[name] = found.as_dict()
+    origin = {"versions": versions(), "hardware": hardware(), "best_epoch": result.best_epoch}
+    return {name: {**values, **parts.record(), **origin} for name, values in facts.items()}
+
+
+def data_facts(events: Events) -> dict[str, Any]:
+    """What identifies a log."""
+    return {
+        "source": Path(events.facts.source).name,
+        "users": events.num_users,
+        "items": events.num_items,
+        "events": events.num_events,
+        "ties": events.facts.ties,
+        "ties_seed": events.facts.seed,
+        "fingerprint": events.fingerprint,
+    }
+
+
+def _training(settings: Mapping[str, Any] | None) -> TrainConfig:
+    return load_settings(TrainConfig, settings or {})

@@ -1,0 +1,263 @@
+"""Next-item losses in bounded memory: the table of events x items never exists.
+
+A loss takes user vectors ``[N, D]`` and the item head, and returns the mean over the N events.
+Both losses compute their gradients during the forward pass, chunk by chunk, while the scores of a
+chunk are still in cache: a chunk's scores are written once and read twice, and are then gone.
+
+Work per event of the full softmax: 6 D I operations in products (scores, gradient of the vectors,
+gradient of the items) and I exponentials.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everlong.model import ItemHead
+
+CHUNK_BYTES = 4 << 20
+"""Size of one chunk of scores; a few times the second-level cache of a core works best."""
+
+
+def full_softmax(
+    vectors: Tensor,
+    head: ItemHead,
+    targets: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Mean of ``-log softmax(vectors @ weight.T + bias)[target]`` over all I items.
+
+    Args:
+        vectors: ``[N, D]``.
+        head: ``weight [I, D]`` and ``bias [I]``.
+        targets: ``[N]`` int64.
+        dtype: of the products, for example bfloat16; default that of ``vectors``. Sums over
+            chunks are kept in float32 or better.
+        chunk_bytes: bound on the scores that exist at one time.
+
+    Raises:
+        ValueError: if there is no event, or a target outside the catalogue.
+    """
+    _check(vectors, head, targets)
+    dtype = dtype or vectors.dtype
+    rows = max(16, chunk_bytes // (head.bias.numel() * dtype.itemsize))
+    loss: Tensor = _FullSoftmax.apply(vectors, head.weight, head.bias, targets, dtype, rows)
+    return loss
+
+
+def reference_softmax(vectors: Tensor, head: ItemHead, targets: Tensor) -> Tensor:
+    """The same as ``full_softmax`` from the whole table of scores, for tests and comparison."""
+    return torch.nn.functional.cross_entropy(vectors @ head.weight.T + head.bias, targets)
+
+
+class Negatives(NamedTuple):
+    """Items drawn as wrong answers, shared by all events of a batch."""
+
+    items: Tensor  # [M] distinct, rising
+    log_expected: Tensor  # [M] log of the expected number of times that the item is drawn
+    target_log_expected: Tensor  # [I] the same for every item, as targets need it too
+
+
+class NegativeSampler:
+    """Draws negatives in proportion to ``counts ** power``, without repeats.
+
+    Args:
+        counts: ``[I]`` how often each item occurs in training.
+        number: how many draws; repeats are merged, so that fewer distinct items may come.
+        power: 1 follows popularity, 0 is uniform.
+
+    Raises:
+        ValueError: if a count is negative or ``number`` is not positive.
+    """
+
+    def __init__(self, counts: Tensor, number: int, power: float = 0.75) -> None:
+        if number < 1 or bool((counts < 0).any()):
+            raise ValueError(
+                f"a sampler needs number >= 1 and counts >= 0, received number={number}, "
+                f"smallest count {int(counts.min())}"
+            )
+        # one is added so that every item can be drawn
+        share = (counts.double() + 1.0) ** power
+        share = share / share.sum()
+        self.number = number
+        self._cumulative = share.cumsum(0)
+        # expected number of distinct appearances among the draws: 1 - (1 - q)^M
+        self._log_expected = torch.log(-torch.expm1(number * torch.log1p(-share))).float()
+
+    def draw(self, generator: torch.Generator | None = None) -> Negatives:
+        """A fresh set, from torch's generator or the one given."""
+        uniform = torch.rand(self.number, dtype=torch.float64, generator=generator)
+        drawn = torch.searchsorted(self._cumulative, uniform.to(self._cumulative.device))
+        items = drawn.clamp(max=self._cumulative.numel() - 1).unique()
+        return Negatives(items, self._log_expected[items], self._log_expected)
+
+
+def sampled_softmax(
+    vectors: Tensor,
+    head: ItemHead,
+    targets: Tensor,
+    negatives: Negatives,
+    *,
+    dtype: torch.dtype | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Mean softmax loss against sampled items, with the logQ correction.
+
+    Every score is lowered by the log of how often the sampler is expected to draw the item (Bengio
+    and Senecal 2008), targets included, so that the gradient estimates that of the full softmax. A
+    negative that is the target of an event does not count for that event.
+
+    Raises:
+        ValueError: if there is no event, or a target outside the catalogue.
+    """
+    _check(vectors, head, targets)
+    dtype = dtype or vectors.dtype
+    items = negatives.items
+    columns = head.weight[items]
+    column_bias = head.bias[items] - negatives.log_expected.to(head.bias.dtype)
+    answers = (vectors * head.weight[targets]).sum(1) + head.bias[targets]
+    answers = answers - negatives.target_log_expected[targets].to(answers.dtype)
+    # where each target stands among the negatives, -1 where it is not one of them
+    place = torch.searchsorted(items, targets).clamp(max=items.numel() - 1)
+    hits = torch.where(items[place] == targets, place, -1)
+    rows = max(16, chunk_bytes // (items.numel() * dtype.itemsize))
+    others: Tensor = _LogSumExp.apply(vectors, columns, column_bias, hits, dtype, rows)
+    return (torch.logaddexp(answers, others) - answers).mean()
+
+
+def _check(vectors: Tensor, head: ItemHead, targets: Tensor) -> None:
+    if vectors.shape[0] == 0 or vectors.shape[0] != targets.numel():
+        raise ValueError(
+            "a loss needs one target per user vector and at least one of them, received "
+            f"{vectors.shape[0]} vectors and {targets.numel()} targets"
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= head.bias.numel():
+        raise ValueError(
+            f"targets are item rows 0 .. {head.bias.numel() - 1}, received {low} .. {high}"
+        )
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """Loss and gradients in one sweep over chunks of events."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vectors: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        rows: int,
+    ) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=vectors.device)
+        grads = _Grads.like(vectors, weight, bias, wide) if any(ctx.needs_input_grad[:3]) else None
+        table, offset = weight.to(dtype), bias.to(dtype)
+        for start in range(0, vectors.shape[0], rows):
+            part, target = vectors[start : start + rows].to(dtype), targets[start : start + rows]
+            scores = torch.addmm(offset, part, table.T)
+            chance = torch.softmax(scores, dim=1)
+            total += _losses(scores, chance, target, wide).double().sum()
+            if grads is not None:
+                chance[torch.arange(target.numel(), device=target.device), target] -= 1.0
+                grads.add(start, part, table, chance)
+        count = vectors.shape[0]
+        if grads is not None:
+            ctx.save_for_backward(*(g.div_(count) for g in grads))
+            ctx.vector_dtype = vectors.dtype
+        return (total / count).to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_vectors, d_weight, d_bias = (outputs[0] * g for g in ctx.saved_tensors)
+        return d_vectors.to(ctx.vector_dtype), d_weight, d_bias, None, None, None
+
+
+def _losses(scores: Tensor, chance: Tensor, target: Tensor, wide: torch.dtype) -> Tensor:
+    """``[n]`` negative log likelihoods, from scores and their softmax."""
+    losses = -chance.gather(1, target.unsqueeze(1)).squeeze(1).to(wide).log()
+    # a chance that rounded to zero says nothing: those few rows go the long way
+    lost = losses.isinf().nonzero().squeeze(1)
+    if lost.numel():
+        rows, answers = scores[lost].to(wide), target[lost].unsqueeze(1)
+        losses[lost] = rows.logsumexp(1) - rows.gather(1, answers).squeeze(1)
+    return losses
+
+
+class _Grads(NamedTuple):
+    """Running gradients of the three inputs of a loss."""
+
+    vectors: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    @staticmethod
+    def like(vectors: Tensor, weight: Tensor, bias: Tensor, wide: torch.dtype) -> _Grads:
+        return _Grads(
+            torch.empty_like(vectors, dtype=wide),
+            torch.zeros_like(weight, dtype=wide),
+            torch.zeros_like(bias, dtype=wide),
+        )
+
+    def add(self, start: int, part: Tensor, table: Tensor, d_scores: Tensor) -> None:
+        self.vectors[start : start + part.shape[0]] = d_scores @ table
+        self.weight.add_(d_scores.T @ part)
+        # a product with ones: a sum in a wider type would first copy the whole chunk
+        self.bias.add_(d_scores.T @ part.new_ones(part.shape[0]))
+
+
+class _LogSumExp(torch.autograd.Function):
+    """``[N]`` log-sum-exp over columns, one column of each row left out where ``skip`` says so."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vectors: Tensor,
+        columns: Tensor,
+        bias: Tensor,
+        skip: Tensor,
+        dtype: torch.dtype,
+        rows: int,
+    ) -> Tensor:
+        table, offset = columns.to(dtype), bias.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        sums = []
+        for start in range(0, vectors.shape[0], rows):
+            scores = _scores(vectors, table, offset, skip, start, rows)
+            sums.append(scores.to(wide).logsumexp(1))
+        result = torch.cat(sums).to(vectors.dtype)
+        ctx.save_for_backward(vectors, columns, bias, skip, result)
+        ctx.dtype, ctx.rows = dtype, rows
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        # the rows' weights are known only now, so the scores are computed once more
+        vectors, columns, bias, skip, sums = ctx.saved_tensors
+        dtype, rows = ctx.dtype, ctx.rows
+        table, offset = columns.to(dtype), bias.to(dtype)
+        grads = _Grads.like(vectors, columns, bias, torch.promote_types(dtype, torch.float32))
+        for start in range(0, vectors.shape[0], rows):
+            scores = _scores(vectors, table, offset, skip, start, rows)
+            some = slice(start, start + rows)
+            chance = torch.exp(scores - sums[some].unsqueeze(1).to(scores.dtype))
+            chance *= outputs[0][some].unsqueeze(1)
+            grads.add(start, vectors[some].to(dtype), table, chance.to(dtype))
+        d_vectors, d_columns, d_bias = grads
+        return d_vectors.to(vectors.dtype), d_columns.to(columns.dtype), d_bias, None, None, None
+
+
+def _scores(
+    vectors: Tensor, table: Tensor, offset: Tensor, skip: Tensor, start: int, rows: int
+) -> Tensor:
+    scores = torch.addmm(offset, vectors[start : start + rows].to(table.dtype), table.T)
+    place = skip[start : start + rows]
+    hit = (place >= 0).nonzero().squeeze(1)
+    scores[hit, place[hit]] = -torch.inf
+    return scores

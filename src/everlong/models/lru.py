@@ -1,0 +1,182 @@
+"""LRURec (Yue et al., WSDM 2024, arXiv 2310.02367): a diagonal linear recurrence over events.
+
+State: the complex recurrent vector of every layer and the last output,
+``4 (2 L H + D)`` bytes: 2,304 at the published sizes (L = 2, H = 128, D = 64).
+
+All complex arithmetic is written in real numbers: a vector of H complex channels is planar,
+H real parts and then H imaginary parts. Where paper and published code disagree, the line says
+which one stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from everlong.batch import Batch
+from everlong.model import ItemHead, UserModel
+from everlong.ops.dropout import Dropout
+from everlong.ops.linear_scan import linear_scan
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRUConfig:
+    """Architecture of LRURec; the defaults are the published sizes.
+
+    Attributes:
+        num_items: items of the catalogue.
+        dim: width D of item and user vectors.
+        channels: complex channels H of the recurrence.
+        layers: blocks of recurrence and feed-forward network.
+        dropout: on embeddings and inside the feed-forward network.
+        recurrence_dropout: on the output of the recurrence.
+        min_radius, max_radius: moduli of the decays at initialisation. A channel of modulus r
+            forgets half of an event after ln 2 / -ln r events: 69 at 0.99, 6,931 at 0.9999.
+    """
+
+    num_items: int
+    dim: int = 64
+    channels: int = 128
+    layers: int = 2
+    dropout: float = 0.2
+    recurrence_dropout: float = 0.2
+    min_radius: float = 0.8
+    max_radius: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.min_radius < self.max_radius < 1.0:
+            raise ValueError(
+                "the recurrence is stable for 0 <= min_radius < max_radius < 1, received "
+                f"min_radius={self.min_radius}, max_radius={self.max_radius}"
+            )
+
+
+class LRUState(NamedTuple):
+    """What LRURec remembers of a user."""
+
+    hidden: Tensor  # [B, L, 2H]
+    user: Tensor  # [B, D], the output after the last event
+
+
+class LRU(UserModel):
+    """LRURec on packed histories: parallel over events in training, one small step in serving."""
+
+    recurrence_parameters = frozenset({"nu_log", "theta_log", "gamma_log"})
+
+    def __init__(self, config: LRUConfig) -> None:
+        super().__init__(config.num_items)
+        self.config = config
+        self.items = nn.Embedding(config.num_items, config.dim)
+        # the published code learns the first item from the embedding of its padding row, an
+        # implicit start token; here it is a parameter of its own and no padding class exists, so
+        # the softmax runs over the I real items and not over I + 1 classes
+        self.start = nn.Parameter(torch.empty(config.dim))
+        self.item_bias = nn.Parameter(torch.empty(config.num_items))
+        self.norm = nn.LayerNorm(config.dim)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # code: every parameter but norms and the recurrence, biases too (the paper is silent)
+        for name, parameter in self.named_parameters():
+            if "norm" not in name and "recurrence" not in name:
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+
+    def initial_state(self, num_users: int) -> LRUState:
+        """Zero recurrence, and the output of the start token."""
+        config, dtype = self.config, self.start.dtype
+        # one start token a user in training, so that each has its own dropout
+        rows = num_users if self.training else min(num_users, 1)
+        device = self.start.device
+        hidden = torch.zeros(
+            num_users, config.layers, 2 * config.channels, dtype=dtype, device=device
+        )
+        offsets = torch.arange(rows + 1, device=device)
+        # the published mask keeps the start token out of the recurrence that follows it
+        outputs, _ = self._run(self.start.expand(rows, -1), hidden[:rows], offsets)
+        return LRUState(hidden, outputs.expand(num_users, -1).contiguous())
+
+    def encode(self, events: Batch, state: LRUState | None = None) -> tuple[Tensor, LRUState]:  # type: ignore[override]
+        """Outputs ``[N, D]`` after each event, and the final states."""
+        if state is None:
+            state = self.initial_state(events.num_users)
+        outputs, hidden = self._run(self.items(events.items), state.hidden, events.offsets)
+        busy = (events.lengths > 0).unsqueeze(-1)
+        if events.num_events == 0:
+            return outputs, LRUState(hidden, state.user)
+        last = outputs[(events.offsets[1:] - 1).clamp(min=0)]
+        return outputs, LRUState(hidden, torch.where(busy, last, state.user))
+
+    def _run(self, embedded: Tensor, hidden: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        # code: dropout stands before the norm; eq. 7 shows none
+        values = self.norm(self.dropout(embedded))
+        finals = []
+        for layer, block in enumerate(self.blocks):
+            values, final = block(values, hidden[:, layer], offsets)
+            finals.append(final)
+        return values, torch.stack(finals, dim=1)
+
+    def item_head(self) -> ItemHead:
+        """The embedding table, tied, and the item biases (section 3.4)."""
+        return ItemHead(self.items.weight, self.item_bias)
+
+
+class Block(nn.Module):
+    """A linear recurrence and a feed-forward network, each with residual and post-norm."""
+
+    def __init__(self, config: LRUConfig) -> None:
+        super().__init__()
+        self.recurrence = Recurrence(config.channels, config.min_radius, config.max_radius)
+        self.enter = nn.Linear(config.dim, 2 * config.channels)
+        # code: the imaginary part of the output and its bias are never used, so neither exists here
+        self.leave = nn.Linear(2 * config.channels, config.dim)
+        self.recurrence_norm = nn.LayerNorm(config.dim)
+        self.recurrence_dropout = Dropout(config.recurrence_dropout)
+        self.widen = nn.Linear(config.dim, 4 * config.dim)
+        self.narrow = nn.Linear(4 * config.dim, config.dim)
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, values: Tensor, hidden: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs ``[N, D]`` and final recurrent states ``[B, 2H]`` from ``values [N, D]``."""
+        # eq. 5; code: gamma scales the first event too, and the bias with it. Folded into the
+        # product: gamma (W x + b) = (gamma W) x + gamma b
+        decay, gamma = self.recurrence()
+        inputs = functional.linear(
+            values, gamma.unsqueeze(-1) * self.enter.weight, gamma * self.enter.bias
+        )
+        states, final = linear_scan(inputs.to(hidden.dtype), decay, hidden, offsets)
+        mixed = self.recurrence_dropout(self.leave(states))
+        values = self.recurrence_norm(mixed + values)
+        # code: one GELU (eq. 8 has a second one outside)
+        inner = self.dropout(functional.gelu(self.widen(values)))
+        return self.ffn_norm(self.dropout(self.narrow(inner)) + values), final
+
+
+class Recurrence(nn.Module):
+    """The decays of the channels, eq. 5: ``exp(-exp(nu) + i exp(theta))``, and the input scale.
+
+    ``nu``, ``theta`` and ``gamma`` are learned as logarithms; |decay| < 1 by construction.
+    """
+
+    def __init__(self, channels: int, min_radius: float, max_radius: float) -> None:
+        super().__init__()
+        # moduli uniform in r^2 between the radii, phases uniform on the whole circle
+        area = torch.rand(channels) * (max_radius**2 - min_radius**2) + min_radius**2
+        phase = 2 * math.pi * (1.0 - torch.rand(channels))
+        self.nu_log = nn.Parameter((-0.5 * area.log()).log())
+        self.theta_log = nn.Parameter(phase.log())
+        # code: gamma starts at sqrt(1 - |decay|^2) and is learned on its own from there
+        self.gamma_log = nn.Parameter(0.5 * torch.log1p(-area))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Decays ``[2, H]``, real and imaginary, and input scales ``[2H]``."""
+        radius, phase = torch.exp(-self.nu_log.exp()), self.theta_log.exp()
+        decay = torch.stack([radius * phase.cos(), radius * phase.sin()])
+        return decay, self.gamma_log.exp().repeat(2)

@@ -1,0 +1,404 @@
+"""What people use: a model with its ids and the states of its users."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from everlong import state as states
+from everlong.batch import Batch
+from everlong.card import card
+from everlong.config import load_settings
+from everlong.dataset import gather, pieces
+from everlong.encode import EVENTS_PER_BATCH, device_of, serving
+from everlong.evaluate import Evaluation, evaluate
+from everlong.events import Events, read_events
+from everlong.folder import read_folder, write_folder
+from everlong.ids import IdMap
+from everlong.model import UserModel
+from everlong.models import config_class, load_model_class
+from everlong.provenance import versions
+from everlong.split import Protocol, Rows, split
+from everlong.table import Source
+from everlong.topk import SCORES_PER_BATCH, mask_items, top_k
+from everlong.train import TrainConfig
+from everlong.users import UserTable
+
+log = logging.getLogger(__name__)
+
+SEEN_CAPACITY = 1024
+"""Item rows kept for each user so that seen items can be filtered: 4 KB."""
+
+
+class UpdateReport(NamedTuple):
+    """What ``update`` did."""
+
+    events: int
+    """Events that were read into states."""
+    users: int
+    """Users whose state changed."""
+    new_users: int
+    unknown_items: int
+    """Events left out because their item was not in training."""
+    late: int
+    """Events older than one that was read before; read in the order of arrival all the same."""
+    skipped: Mapping[str, int]
+    """Rows without a usable id or time, by reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How a recommender came to be; stored with it.
+
+    Attributes:
+        model: name of the model.
+        train: how it was trained.
+        protocol: how the log was split for choosing and testing.
+        time_unit: unit of the times of the log ("position" if it had no clock).
+        data: facts of the log, with its fingerprint.
+        metrics: results, by the part of the log that they were measured on.
+    """
+
+    model: str
+    train: TrainConfig
+    protocol: Protocol
+    time_unit: str
+    data: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+class Recommender:
+    """Recommends items to users from their states, and keeps the states up to date.
+
+    Made by :func:`everlong.fit` or :func:`everlong.load`.
+    """
+
+    def __init__(
+        self, model: UserModel, item_ids: IdMap, origin: Origin, users: UserTable | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.item_ids = item_ids
+        self.origin = origin
+        if users is None:
+            with serving(model):
+                users = UserTable(model.initial_state(1), SEEN_CAPACITY)
+        self.users = users
+
+    def __repr__(self) -> str:
+        return (
+            f"Recommender({self.origin.model}: {len(self.item_ids):,} items, "
+            f"{len(self.users):,} users, {self.bytes_per_user:,} bytes per user)"
+        )
+
+    @property
+    def bytes_per_user(self) -> int:
+        """Bytes kept for a user, whatever the length of the history."""
+        return self.users.bytes_per_user
+
+    def recommend(
+        self,
+        users: Sequence[Any] | Mapping[Any, Sequence[Any]] | pl.Series,
+        *,
+        k: int = 10,
+        filter_seen: bool = True,
+        at: int | datetime | None = None,
+    ) -> pl.DataFrame:
+        """The best items for each user: ``user_id, item_id, score, rank``, rank from 1.
+
+        Args:
+            users: ids of known users; or histories of anybody, oldest item first, as a mapping
+                from any name to a list of item ids. Nothing is kept of histories.
+            k: items for each user; fewer come if the catalogue is smaller or all else was seen.
+            filter_seen: leave out the items that a user has seen.
+            at: time of the request, Unix seconds or a datetime, for models that use it.
+
+        Raises:
+            ValueError: if ``k`` is below 1, or a user or an item of a history is unknown.
+        """
+        if k < 1:
+            raise ValueError(f"expected k >= 1, received {k}")
+        if isinstance(users, Mapping):
+            table, names = self._read_histories(users)
+            rows = np.arange(len(names), dtype=np.int64)
+        else:
+            table, names = self.users, pl.Series("user_id", users)
+            rows = self._known_users(names)
+        return self._list(table, rows, names.alias("user_id"), k, filter_seen, _seconds(at))
+
+    def update(
+        self,
+        events: Source | Events,
+        *,
+        user_id: str = "user_id",
+        item_id: str = "item_id",
+        timestamp: str | None = "timestamp",
+    ) -> UpdateReport:
+        """Reads new events into the states of their users, at a constant cost per event.
+
+        Users that are new begin with the initial state. Events of items that were not in training
+        are left out and counted. Events of one user are read in the order of their times.
+
+        Raises:
+            ValueError: if the events cannot be read.
+        """
+        if not isinstance(events, Events):
+            events = read_events(
+                events,
+                user_id=user_id,
+                item_id=item_id,
+                timestamp=timestamp,
+                time_unit="position" if self.origin.time_unit == "position" else "auto",
+            )
+        known, dropped = to_catalogue(events, self.item_ids)
+        new_users = self.users.add(known.user_ids.ids(np.arange(known.num_users)))
+        late = read_into(self.model, self.users, known)
+        busy = int(np.count_nonzero(known.lengths))
+        if dropped:
+            log.warning("%d events have items that were not in training: left out", dropped)
+        skipped = dict(events.facts.rows_skipped)
+        return UpdateReport(known.num_events, busy, new_users, dropped, late, skipped)
+
+    def evaluate(self, events: Source | Events, *, part: str = "test") -> Evaluation:
+        """Metrics on the held-out part of the log that the model was trained on.
+
+        Args:
+            events: the same log; it is split by the same protocol.
+            part: ``"test"`` or ``"validation"``.
+
+        Raises:
+            ValueError: if the log is another one, or there is no such part.
+        """
+        if part not in ("test", "validation"):
+            raise ValueError(f"expected part 'test' or 'validation', received {part!r}")
+        if not isinstance(events, Events):
+            events = read_events(events)
+        if events.fingerprint != self.origin.data["fingerprint"]:
+            raise ValueError(
+                f"this log is not the one that the model was trained on: expected fingerprint "
+                f"{self.origin.data['fingerprint'][:12]}..., received {events.fingerprint[:12]}...; "
+                "read the same file with the same columns, ties and seed"
+            )
+        parts = split(events, self.origin.protocol)
+        targets = parts.test if part == "test" else parts.validation
+        return evaluate(self.model, parts.events, targets, seen=self.origin.protocol.seen)
+
+    def similar_items(self, items: Sequence[Any] | pl.Series, *, k: int = 10) -> pl.DataFrame:
+        """The items nearest to each item by cosine: ``item_id, similar_item_id, score, rank``.
+
+        Raises:
+            ValueError: if ``k`` is below 1, or an item is unknown.
+            TypeError: if the model has no item vectors.
+        """
+        if k < 1:
+            raise ValueError(f"expected k >= 1, received {k}")
+        ids = pl.Series("item_id", items)
+        rows = torch.from_numpy(self._known_items(ids))
+        with torch.no_grad():
+            vectors = torch.nn.functional.normalize(self.model.item_head().weight, dim=1)
+        lists = []
+        for part in rows.split(max(1, SCORES_PER_BATCH // len(self.item_ids))):
+            scores = vectors[part] @ vectors.T
+            scores[torch.arange(len(part)), part] = -torch.inf
+            lists.append(top_k(scores, k))
+        return self._frame(ids, "similar_item_id", lists)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model, ids, states, metrics and card to a folder, whole or not at all.
+
+        Raises:
+            OSError: if it cannot be written; a folder that was there stays as it was.
+        """
+        origin = self.origin
+        write_folder(
+            Path(folder),
+            config={
+                "model": origin.model,
+                "architecture": dataclasses.asdict(self.model.config),
+                "train": origin.train.model_dump(),
+                "protocol": origin.protocol.model_dump(mode="json"),
+                "time_unit": origin.time_unit,
+                "data": dict(origin.data),
+                "versions": versions(),
+            },
+            weights=self.model.state_dict(),
+            item_ids=self.item_ids.ids(np.arange(len(self.item_ids))),
+            user_ids=pl.Series("user_id", self.users.ids),
+            users=self.users.trimmed(),
+            metrics=origin.metrics,
+            card=card(origin.model, origin, self.model, self.bytes_per_user),
+        )
+
+    def _known_users(self, ids: pl.Series) -> Rows:
+        rows = self.users.rows(ids)
+        if (rows < 0).any():
+            unknown = ids.filter(pl.Series(rows < 0))
+            raise ValueError(
+                f"{len(unknown)} users are unknown, for example {unknown[0]!r}: feed their events "
+                "with update(), or pass {name: [item ids]} to recommend from a history"
+            )
+        return rows
+
+    def _known_items(self, ids: pl.Series) -> Rows:
+        rows = self.item_ids.rows(ids)
+        if (rows < 0).any():
+            unknown = ids.filter(pl.Series(rows < 0))
+            raise ValueError(
+                f"{len(unknown)} items are not in the catalogue, for example {unknown[0]!r}; "
+                f"ids are of type {self.item_ids.dtype}, as in training"
+            )
+        return rows
+
+    def _read_histories(
+        self, histories: Mapping[Any, Sequence[Any]]
+    ) -> tuple[UserTable, pl.Series]:
+        """A table of these histories alone, and their names."""
+        names = pl.Series("user_id", list(histories))
+        lengths = [len(items) for items in histories.values()]
+        flat = [item for items in histories.values() for item in items]
+        rows = self._known_items(pl.Series("item_id", flat)) if flat else np.zeros(0, np.int64)
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        with serving(self.model):
+            table = UserTable(self.model.initial_state(1), SEEN_CAPACITY)
+        table.add(pl.Series(range(len(names))))
+        events = Events(
+            items=rows.astype(np.int32),
+            times=np.arange(len(rows), dtype=np.int64),
+            offsets=offsets,
+            user_ids=IdMap(pl.Series(range(len(names)), dtype=pl.Int64)),
+            item_ids=self.item_ids,
+        )
+        read_into(self.model, table, events)
+        return table, names
+
+    def _list(
+        self,
+        table: UserTable,
+        rows: Rows,
+        names: pl.Series,
+        k: int,
+        filter_seen: bool,
+        at: int | None,
+    ) -> pl.DataFrame:
+        lists = []
+        size = max(1, SCORES_PER_BATCH // len(self.item_ids))
+        device = device_of(self.model)
+        with serving(self.model):
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                state = table.read_states(torch.from_numpy(part))
+                state = type(state)(*(value.to(device) for value in state))
+                when = None if at is None else torch.full((len(part),), at, device=device)
+                scores = self.model.score(state, at=when).cpu()
+                if filter_seen:
+                    scores = mask_items(scores, *table.seen_pairs(part))
+                lists.append(top_k(scores, k))
+        return self._frame(names, "item_id", lists)
+
+    def _frame(
+        self, names: pl.Series, found: str, lists: list[tuple[Tensor, Tensor]]
+    ) -> pl.DataFrame:
+        """One row for each item of each list, best first; places without an item are left out."""
+        if not lists:
+            lists = [(torch.empty(0, 1), torch.empty(0, 1, dtype=torch.int64))]
+        scores = torch.cat([scores for scores, _ in lists])
+        items = torch.cat([items for _, items in lists])
+        width = items.shape[1]
+        owners = np.repeat(np.arange(len(names)), width)
+        frame = pl.DataFrame([
+            names.gather(owners),
+            self.item_ids.ids(items.flatten().numpy()).alias(found),
+            pl.Series("score", scores.flatten().float().numpy()),
+            pl.Series("rank", np.tile(np.arange(1, width + 1, dtype=np.int32), len(names))),
+        ])
+        return frame.filter(pl.Series(items.flatten().numpy() >= 0))
+
+
+def load(folder: str | Path, *, device: str = "cpu") -> Recommender:
+    """The recommender that ``save`` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the folder is not whole, was changed, or is of another format.
+    """
+    stored = read_folder(Path(folder))
+    config = stored.config
+    model_class = load_model_class(config.model)
+    model = model_class(load_settings(config_class(model_class), config.architecture))
+    try:
+        model.load_state_dict(stored.weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: weights and architecture do not fit: {error}") from error
+    model.to(device)
+    with serving(model):
+        initial = model.initial_state(1)
+    initial = type(initial)(*(value.cpu() for value in initial))
+    origin = Origin(
+        model=config.model,
+        train=load_settings(TrainConfig, config.train),
+        protocol=load_settings(Protocol, config.protocol),
+        time_unit=config.time_unit,
+        data=config.data,
+        metrics=stored.metrics,
+    )
+    users = UserTable.restore(stored.user_ids, stored.users, initial)
+    return Recommender(model, IdMap(stored.item_ids), origin, users)
+
+
+def to_catalogue(events: Events, item_ids: IdMap) -> tuple[Events, int]:
+    """The events whose items are in a catalogue, in its rows, and how many others there were."""
+    catalogue_rows = item_ids.rows(events.item_ids.ids(np.arange(events.num_items)))
+    rows = catalogue_rows[events.items]
+    keep = rows >= 0
+    kept_before = np.concatenate([[0], np.cumsum(keep)])
+    known = Events(
+        items=rows[keep].astype(np.int32),
+        times=events.times[keep],
+        offsets=kept_before[events.offsets],
+        fields={name: values[keep] for name, values in events.fields.items()},
+        user_ids=events.user_ids,
+        item_ids=item_ids,
+        facts=events.facts,
+    )
+    return known, int((~keep).sum())
+
+
+def read_into(model: UserModel, table: UserTable, events: Events) -> int:
+    """Reads events into the states of a table that has their users; returns how many were late."""
+    rows = table.rows(events.user_ids.ids(np.arange(events.num_users)))
+    device = device_of(model)
+    plan = pieces(events.lengths, EVENTS_PER_BATCH)
+    late = 0
+    with serving(model):
+        for number in range(plan.num_batches):
+            chosen = slice(plan.batch_offsets[number], plan.batch_offsets[number + 1])
+            owner = plan.row[chosen]
+            first = events.offsets[owner]
+            batch = gather(events, first + plan.begin[chosen], first + plan.end[chosen])
+            late += _read_batch(model, table, rows[owner], batch, device)
+    return late
+
+
+def _read_batch(
+    model: UserModel, table: UserTable, rows: Rows, batch: Batch, device: torch.device
+) -> int:
+    index = torch.from_numpy(rows)
+    state = table.read_states(index)
+    on_device = type(state)(*(value.to(device) for value in state))
+    final = model.encode(batch.to(device), on_device)[1]
+    table.write_states(index, states.detach(type(final)(*(v.cpu() for v in final))))
+    arrays = (batch.offsets.numpy(), batch.items.numpy(), batch.times.numpy())
+    return table.note(rows, *arrays)
+
+
+def _seconds(at: int | datetime | None) -> int | None:
+    return int(at.timestamp()) if isinstance(at, datetime) else at

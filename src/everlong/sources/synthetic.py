@@ -1,0 +1,355 @@
+"""Synthetic logs with known answers: the best score that any model can reach is given beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+FIRST_DAY = 1_672_531_200  # 2023-01-01 00:00 UTC
+DAY_S = 86_400
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticLog:
+    """A log and what can be known about it.
+
+    Attributes:
+        frame: ``user_id, item_id, timestamp`` (Unix seconds, rising within a user) and more
+            columns where the log has them; sorted by timestamp, then user.
+        best: expected score of an oracle that knows the generator, for every user's last event
+            given all the events before it.
+        best_without_cue: the same for an oracle that cannot see the cue, where there is one.
+        description: one paragraph in plain words.
+    """
+
+    frame: pl.DataFrame
+    best: dict[str, float]
+    best_without_cue: dict[str, float] = field(default_factory=dict)
+    description: str
+
+
+def best_scores(probabilities: Floats) -> dict[str, float]:
+    """The expected scores of the best possible ranking, mean over rows.
+
+    Args:
+        probabilities: ``[Q, I]``, the true chance of every item, of one event a row. The best
+            ranking is by falling chance: every metric here falls with the rank.
+    """
+    top = -np.sort(-probabilities, axis=1)[:, :10]
+    rank = np.arange(1, top.shape[1] + 1)
+    return {
+        "HitRate@1": float(top[:, 0].mean()),
+        # a sum of chances may round to just above or below 1
+        "HitRate@10": float(np.round(top.sum(axis=1), 12).mean()),
+        "NDCG@10": float((top / np.log2(rank + 1)).sum(axis=1).mean()),
+        "MRR@10": float((top / rank).sum(axis=1).mean()),
+    }
+
+
+def markov_transitions(num_items: int, *, num_next: int = 5, seed: int = 0) -> Floats:
+    """``[I, I]`` chances of the next item after each item, ``num_next`` of them above zero."""
+    if not 1 <= num_next <= num_items:
+        raise ValueError(
+            f"expected num_next between 1 and num_items={num_items}, received {num_next}"
+        )
+    random = np.random.default_rng([1, seed])
+    following = np.argsort(random.random((num_items, num_items)), axis=1)[:, :num_next]
+    chances = random.dirichlet(np.ones(num_next), size=num_items)
+    matrix = np.zeros((num_items, num_items))
+    np.put_along_axis(matrix, following, chances, axis=1)
+    return matrix
+
+
+def markov_chain(
+    num_users: int, num_items: int, length: int, *, num_next: int = 5, seed: int = 0
+) -> SyntheticLog:
+    """A log in which each item depends on the one before it alone.
+
+    The transition matrix is ``markov_transitions(num_items, num_next=num_next, seed=seed)``; item
+    ids are its rows. Items come again and again, so evaluate with ``seen="keep"``.
+
+    Raises:
+        ValueError: if a size is not possible.
+    """
+    _check_least("num_users", num_users, 1)
+    _check_least("length", length, 2)
+    matrix = markov_transitions(num_items, num_next=num_next, seed=seed)
+    random = np.random.default_rng([2, seed])
+    items = np.empty((num_users, length), dtype=np.int64)
+    items[:, 0] = random.integers(num_items, size=num_users)
+    for position in range(1, length):
+        items[:, position] = _draw(random, matrix[items[:, position - 1]])
+    lengths = np.full(num_users, length)
+    return SyntheticLog(
+        frame=_frame(random, lengths, {"item_id": items.ravel()}),
+        best=best_scores(matrix[items[:, -2]]),
+        description=(
+            f"{num_users} users, {length} events each; after each of the {num_items} items one of "
+            f"{num_next} others follows, by chances that depend on that item alone."
+        ),
+    )
+
+
+def long_dependency(
+    num_users: int,
+    *,
+    distances: Sequence[int] = (1000,),
+    num_cues: int = 8,
+    num_fillers: int = 100,
+    episodes: int = 2,
+    seed: int = 0,
+) -> SyntheticLog:
+    """A log whose answers depend on an event exactly ``distance`` events back and on no other.
+
+    A history is ``episodes`` times: two cues, one of ``num_cues`` of each of two kinds, random
+    fillers, an ``ask`` item, and the two answers, each given by its cue and exactly
+    ``distance`` events after it. There are two, so that leaving the last two events out leaves
+    out two answers: one for validation, one for test. No user meets a cue twice, so the scores
+    hold whether seen items are masked or not. User ``u`` has the distance ``u % len(distances)``.
+
+    More columns: ``is_answer`` (0 or 1) and ``distance`` (0 for other events). Item ids say
+    nothing about the role of an item.
+
+    Raises:
+        ValueError: if a size is not possible.
+    """
+    _check_least("num_users", num_users, 1)
+    _check_least("num_fillers", num_fillers, 1)
+    _check_least("episodes", episodes, 1)
+    _check_least("num_cues", num_cues, episodes)
+    _check_least("the smallest of distances", min(distances, default=0), 3)
+    random = np.random.default_rng([3, seed])
+    distance = np.resize(np.asarray(distances, dtype=np.int64), num_users)
+    lengths = (distance + 2) * episodes
+    first = np.cumsum(lengths) - lengths
+    # [num_users, episodes] where each episode begins
+    begin = first[:, None] + np.arange(episodes) * (distance + 2)[:, None]
+    answer = begin + distance[:, None]
+
+    num_items = 4 * num_cues + 1 + num_fillers
+    fillers = num_items - num_fillers + random.integers(num_fillers, size=lengths.sum())
+    rows = fillers.astype(np.int64)
+    rows[answer - 1] = 4 * num_cues
+    for kind in range(2):
+        cue = np.argsort(random.random((num_users, num_cues)), axis=1)[:, :episodes]
+        rows[begin + kind] = 2 * kind * num_cues + cue
+        rows[answer + kind] = (2 * kind + 1) * num_cues + random.permutation(num_cues)[cue]
+    is_answer = np.zeros(len(rows), dtype=np.int8)
+    is_answer[answer] = is_answer[answer + 1] = 1
+
+    # without the cue, only the answers that the user already had can be ruled out
+    open_answers = num_cues - episodes + 1
+    return SyntheticLog(
+        frame=_frame(
+            random,
+            lengths,
+            {
+                "item_id": random.permutation(num_items)[rows],
+                "is_answer": is_answer,
+                "distance": np.repeat(distance, lengths) * is_answer,
+            },
+        ),
+        best=best_scores(np.ones((1, 1))),
+        best_without_cue=best_scores(np.full((1, open_answers), 1 / open_answers)),
+        description=(
+            f"{num_users} users; after an 'ask' come two items, each decided by a cue exactly "
+            f"{', '.join(map(str, sorted(set(distances))))} events before it; random items between."
+        ),
+    )
+
+
+def demo_log(
+    seed: int = 0,
+    *,
+    num_users: int = 1500,
+    num_items: int = 500,
+    mean_length: int = 120,
+    cycle: int = 30,
+    answer_share: float = 0.7,
+) -> SyntheticLog:
+    """A mixed log: popular items, habits from one event to the next, and long memories.
+
+    Each user follows a novel and a comic. Every ``cycle`` events there is a reading evening: the
+    item ``evening``, then nearly always the next parts of both, ``cycle`` events after the parts
+    before. Between are everyday items, popular ones more often, or ones that tend to follow the
+    one before. Nobody takes an item but ``evening`` twice, so the scores hold whether seen items
+    are masked or not. For ``answer_share`` of the users the last two events are such parts, for
+    the others two everyday items. More columns: ``is_answer`` (1 for what follows an evening but
+    the first). ``best_without_cue`` is of an oracle that knows all but which titles a user reads.
+
+    Raises:
+        ValueError: if a size is not possible.
+    """
+    _check_least("num_users", num_users, 1)
+    _check_least("cycle", cycle, 6)
+    _check_least("mean_length", mean_length, 2 * cycle)
+    if not 0 <= answer_share <= 1:
+        raise ValueError(f"expected answer_share between 0 and 1, received {answer_share}")
+    random = np.random.default_rng([4, seed])
+    longest = mean_length + mean_length // 4
+    readers = _Readers(random, num_users, num_items, cycle=cycle, longest=longest)
+    lengths = random.integers(mean_length - mean_length // 4, longest + 1, size=num_users)
+    # the place of each last event in the cycle: its end, or between two evenings
+    everyday_slot = random.integers(1, cycle - 3, size=num_users)
+    last_slot = np.where(random.random(num_users) < answer_share, cycle - 1, everyday_slot)
+
+    # histories end together and begin when their length says so
+    rows = np.zeros((num_users, longest), dtype=np.int64)
+    is_answer = np.zeros((num_users, longest), dtype=np.int8)
+    for events_left in range(longest - 1, -1, -1):
+        slot = (last_slot - events_left) % cycle
+        chances = readers.chances(slot, readers.titles)
+        column = longest - 1 - events_left
+        rows[:, column] = _draw(random, chances)
+        is_answer[:, column] = readers.answers(slot)
+        if events_left:
+            readers.take(np.flatnonzero(lengths > events_left), rows[:, column])
+    alive = np.arange(longest) >= longest - lengths[:, None]
+    names = pl.Series(readers.names())
+    return SyntheticLog(
+        frame=_frame(
+            random, lengths, {"item_id": names[rows[alive]], "is_answer": is_answer[alive]}
+        ),
+        best=best_scores(chances),
+        best_without_cue=best_scores(
+            readers.chances(slot, np.full_like(readers.titles, 1 / NUM_TITLES))
+        ),
+        description=(
+            f"{num_users} users with about {mean_length} events of {num_items} items: everyday "
+            f"items by popularity and habit, and every {cycle} events the next part of a novel "
+            "and of a comic, which only the parts before can tell."
+        ),
+    )
+
+
+NUM_TITLES = 18  # novels, and as many comics
+FOLLOW = 0.9  # chance that a reader takes the next part and not an everyday item
+HABIT = 0.7  # share of the everyday choices that depend on the one before
+HABIT_CHANCES = (0.5, 0.25, 0.15, 0.1)
+
+
+class _Readers:
+    """The users of the demo log while it is written: what each will do next, exactly.
+
+    Item rows: the parts of all novels, of all comics, the evening, the everyday items.
+    """
+
+    def __init__(
+        self,
+        random: np.random.Generator,
+        num_users: int,
+        num_items: int,
+        *,
+        cycle: int,
+        longest: int,
+    ) -> None:
+        self.cycle = cycle
+        # one part an evening, and an evening has three events
+        self.num_parts = (longest - 3) // cycle + 1
+        self.evening = 2 * NUM_TITLES * self.num_parts
+        num_everyday = num_items - self.evening - 1
+        # twice as many as anybody can take, so that the habits still have a choice at the end
+        _check_least("num_items", num_items, self.evening + 1 + 2 * longest)
+        self.weights = _everyday_weights(random, num_everyday)
+        self.seen = np.zeros((num_users, num_everyday), dtype=np.bool_)
+        self.previous = np.full(num_users, num_everyday)
+        self.evenings = np.zeros(num_users, dtype=np.int64)
+        self.part = np.zeros((num_users, 2), dtype=np.int64)
+        # [num_users, 2, titles] chance of each title: open before the first evening, then known
+        self.titles = np.full((num_users, 2, NUM_TITLES), 1 / NUM_TITLES)
+
+    def names(self) -> list[str]:
+        """``[I]`` the id of each item row."""
+        parts = [
+            f"{kind}-{title + 1:02d}-part-{part + 1}"
+            for kind in ("novel", "comic")
+            for title in range(NUM_TITLES)
+            for part in range(self.num_parts)
+        ]
+        return [*parts, "evening", *(f"item-{n:03d}" for n in range(self.seen.shape[1]))]
+
+    def answers(self, slot: Ints) -> NDArray[np.bool_]:
+        """``[num_users]`` whether what comes at these slots depends on an evening before."""
+        return (slot >= self.cycle - 2) & (self.evenings >= 2)
+
+    def chances(self, slot: Ints, titles: Floats) -> Floats:
+        """``[num_users, I]`` chances of each user's next item; the evening ends the cycle."""
+        everyday = self.weights[self.previous] * ~self.seen
+        everyday /= everyday.sum(axis=1, keepdims=True)
+        chances = np.zeros((len(slot), self.evening + 1 + everyday.shape[1]))
+        chances[:, self.evening + 1 :] = everyday
+        asked = slot == self.cycle - 3
+        chances[asked] = 0
+        chances[asked, self.evening] = 1
+        for kind in range(2):
+            # a history may begin within an evening: without its beginning, nothing is read
+            due = np.flatnonzero((slot == self.cycle - 2 + kind) & (self.evenings > 0))
+            follow = np.where(self.evenings[due] == 1, 1.0, FOLLOW)[:, None]
+            chances[due] *= 1 - follow
+            title = kind * NUM_TITLES + np.arange(NUM_TITLES)
+            part = title * self.num_parts + self.part[due, kind, None]
+            chances[due[:, None], part] = follow * titles[due, kind]
+        return chances
+
+    def take(self, users: Ints, rows: Ints) -> None:
+        """Lets ``users [M]`` take their items of ``rows [num_users]``."""
+        rows = rows[users]
+        self.evenings[users[rows == self.evening]] += 1
+        everyday = rows > self.evening
+        choice = rows[everyday] - self.evening - 1
+        self.seen[users[everyday], choice] = True
+        self.previous[users[everyday]] = choice
+        reads = rows < self.evening
+        kind, title = np.divmod(rows[reads] // self.num_parts, NUM_TITLES)
+        self.part[users[reads], kind] += 1
+        self.titles[users[reads], kind] = np.eye(NUM_TITLES)[title]
+
+
+def _everyday_weights(random: np.random.Generator, num_items: int) -> Floats:
+    """``[I + 1, I]`` weights after each everyday item; the last row is for no item before."""
+    popularity = random.permutation(1 / (np.arange(num_items) + 5.0))
+    popularity /= popularity.sum()
+    weights = np.tile((1 - HABIT) * popularity, (num_items + 1, 1))
+    weights[-1] = popularity
+    following = np.argsort(random.random((num_items, num_items)), axis=1)[:, : len(HABIT_CHANCES)]
+    weights[np.arange(num_items)[:, None], following] += HABIT * np.array(HABIT_CHANCES)
+    return weights
+
+
+def _draw(random: np.random.Generator, chances: Floats) -> Ints:
+    """``[Q]`` one item drawn from each row of ``chances [Q, I]``."""
+    reached = np.cumsum(chances, axis=1)
+    # scaled by the last sum and kept below it: rounding must not draw an impossible item
+    total = reached[:, -1]
+    threshold = np.minimum(random.random(len(chances)) * total, np.nextafter(total, 0))
+    return np.asarray((reached <= threshold[:, None]).sum(axis=1), dtype=np.int64)
+
+
+def _frame(
+    random: np.random.Generator, lengths: Ints, columns: dict[str, NDArray[np.generic] | pl.Series]
+) -> pl.DataFrame:
+    """A log of users with ``lengths`` events each, as it would be written: in order of time."""
+    first = np.cumsum(lengths) - lengths
+    # at least a second apart, a quarter of a day on average
+    gaps = 1 + random.exponential(DAY_S / 4, size=lengths.sum()).astype(np.int64)
+    gaps[first] = FIRST_DAY + random.integers(365 * DAY_S, size=len(lengths))
+    elapsed = np.cumsum(gaps)
+    before = elapsed[first] - gaps[first]
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    frame = pl.DataFrame(
+        {"user_id": users, "item_id": columns["item_id"], "timestamp": elapsed - before[users]}
+        | {name: values for name, values in columns.items() if name != "item_id"}
+    )
+    return frame.sort("timestamp", "user_id")
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"expected {name} of at least {least}, received {value}")

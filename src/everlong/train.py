@@ -1,0 +1,370 @@
+"""The training loop: batches of events in, a model at its best validation score out.
+
+A run is a function of the model, the data and its settings. Interrupted at any update and resumed,
+it ends with the same bits on CPU as a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from everlong import state as states
+from everlong.checkpoint import Checkpoint, Position
+from everlong.config import Settings
+from everlong.dataset import Dataset, TrainBatch
+from everlong.interrupt import Interrupted, deferred_interrupt
+from everlong.losses import NegativeSampler, full_softmax, sampled_softmax
+from everlong.model import CountingModel, UserModel
+from everlong.progress import Progress
+from everlong.state import State
+
+log = logging.getLogger(__name__)
+
+Validate = Callable[[UserModel], dict[str, float]]
+
+
+class TrainConfig(Settings):
+    """How a model is trained; nothing here changes what it is.
+
+    Attributes:
+        epochs: passes over the training events, at most.
+        batch_events: events an update reads (whole histories are packed up to this budget).
+        lr, schedule, warmup: AdamW's rate; constant, or falling to zero along a half cosine over
+            ``epochs``; rising linearly over the first ``warmup`` share of them.
+        weight_decay: of AdamW, on matrices only; never on biases and norms.
+        decay_recurrence: decay the recurrence parameters too, as LRURec's published code does,
+            which pulls the memory of every channel towards one event.
+        clip: bound on the norm of the gradient.
+        loss: full softmax, sampled softmax, or by the size of the catalogue (``auto``).
+        full_softmax_limit: largest catalogue for which ``auto`` takes the full softmax.
+        negatives: draws of the sampled softmax, shared by a batch.
+        precision: of matrix products; ``auto`` is bfloat16 where the machine multiplies it fast.
+            Parameters, states, norms and sums are float32 always.
+        monitor, patience, validate_every: training stops after ``patience`` validations, one every
+            ``validate_every`` epochs, without a new best of the ``monitor`` metric.
+        seed: of dropout, order of histories and negatives.
+    """
+
+    epochs: int = 100
+    batch_events: int = 16_384
+    lr: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.01
+    decay_recurrence: bool = False
+    clip: float = 5.0
+    loss: Literal["auto", "full", "sampled"] = "auto"
+    full_softmax_limit: int = 50_000
+    negatives: int = 4_096
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    monitor: str = "NDCG@10"
+    patience: int = 10
+    validate_every: int = 1
+    seed: int = 0
+
+
+@dataclass
+class TrainResult:
+    """What a run came to."""
+
+    best_epoch: int
+    best_score: float
+    epochs: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(
+    model: UserModel,
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    validate: Validate | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+) -> TrainResult:
+    """Trains a model in place and leaves it at its best validation score.
+
+    Args:
+        model: any model; one that counts instead of learning is shown the events once.
+        dataset: training segments.
+        config: settings.
+        validate: metrics of the model on held-out events, called in evaluation mode.
+        folder: where checkpoints and the log (``train.jsonl``) go; none are kept without it.
+        resume: continue from the checkpoint in ``folder``, if there is one.
+        device: where to train.
+
+    Raises:
+        ValueError: if there is nothing to learn from, or the checkpoint is of another run.
+        Interrupted: after Ctrl-C, once the checkpoint is written.
+    """
+    if dataset.num_labels == 0:
+        raise ValueError("training needs events: the training part of the log is empty")
+    model.to(device)
+    if isinstance(model, CountingModel):
+        for batch in dataset.batches(config.batch_events, seed=config.seed, epoch=0):
+            model.observe(batch.events.to(device))
+        return TrainResult(best_epoch=0, best_score=math.nan, epochs=1)
+    return _Run(model, dataset, config, validate, folder, torch.device(device)).run(resume)
+
+
+class _Run:
+    """One run: what must be in a checkpoint, and the loop over it."""
+
+    def __init__(
+        self,
+        model: UserModel,
+        dataset: Dataset,
+        config: TrainConfig,
+        validate: Validate | None,
+        folder: Path | None,
+        device: torch.device,
+    ) -> None:
+        self.model, self.dataset, self.config = model, dataset, config
+        self.validate, self.folder, self.device = validate, folder, device
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, config), lr=config.lr, eps=1e-9, fused=True
+        )
+        self.loss = _NextItemLoss(model, dataset, config, device)
+        self.position = Position()
+        self.carried: State | None = None
+        self.best: dict[str, Tensor] = {}
+        self.history: list[dict[str, Any]] = []
+
+    def run(self, resume: bool) -> TrainResult:
+        torch.manual_seed(self.config.seed)
+        if resume:
+            self._resume()
+        if self.position.epoch == 0 and self.position.batch == 0:
+            self.loss.check(next(self._batches(0, 0)))
+        with deferred_interrupt() as interrupt:
+            while self.position.epoch < self.config.epochs and not self._stale():
+                self._epoch(interrupt)
+        if self.best:
+            self.model.load_state_dict(self.best)
+        self.model.eval()
+        position = self.position
+        return TrainResult(position.best_epoch, position.best_score, position.epoch, self.history)
+
+    def _epoch(self, interrupt: Callable[[], bool]) -> None:
+        epoch, config = self.position.epoch, self.config
+        count = self.dataset.num_batches(config.batch_events, seed=config.seed, epoch=epoch)
+        total, labels, began = 0.0, 0, time.perf_counter()
+        self.model.train()
+        with Progress(f"epoch {epoch + 1}", self.dataset.num_labels, "events") as progress:
+            for batch in self._batches(epoch, self.position.batch):
+                self._set_rate(epoch + self.position.batch / count)
+                loss, number = self._update(batch)
+                total, labels = total + loss * number, labels + number
+                self.position.batch += 1
+                progress.advance(number)
+                if interrupt():
+                    self._stop_for_interrupt()
+        seconds = time.perf_counter() - began
+        self.position.epoch, self.position.batch, self.carried = epoch + 1, 0, None
+        self._close_epoch({
+            "epoch": epoch + 1,
+            "loss": total / max(labels, 1),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+            "events_per_second": round(labels / max(seconds, 1e-9)),
+        })
+
+    def _update(self, batch: TrainBatch) -> tuple[float, int]:
+        number = int(batch.labels.sum())
+        events = batch.events.to(self.device)
+        state = self._start(batch)
+        with self.loss.compute():
+            vectors, final = self.model(events, state)
+        self.carried = states.take(states.detach(final), torch.tensor([-1], device=self.device))
+        if number == 0:
+            return 0.0, 0
+        loss = self.loss(vectors, events.items, batch.labels.to(self.device))
+        if not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"the loss is {float(loss)} at epoch {self.position.epoch + 1}, batch "
+                f"{self.position.batch}: expected a finite number; lower lr or use float32"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        return float(loss.detach()), number
+
+    def _start(self, batch: TrainBatch) -> State | None:
+        """Fresh states, but for a first row that continues a history longer than a batch."""
+        if not batch.carried or self.carried is None:
+            return None
+        fresh = self.model.initial_state(batch.events.num_users)
+        return states.put(fresh, torch.tensor([0], device=self.device), self.carried)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[TrainBatch]:
+        config = self.config
+        return self.dataset.batches(
+            config.batch_events, seed=config.seed, epoch=epoch, start=start
+        )
+
+    def _set_rate(self, epochs: float) -> None:
+        rate = self.config.lr * rate_share(epochs / self.config.epochs, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _close_epoch(self, record: dict[str, Any]) -> None:
+        position, config = self.position, self.config
+        due = position.epoch % config.validate_every == 0 or position.epoch == config.epochs
+        if self.validate is not None and due:
+            self.model.eval()
+            record |= self.validate(self.model)
+            score = record[config.monitor]
+            position.waited += 1
+            if score > position.best_score:
+                position.best_score, position.best_epoch, position.waited = score, position.epoch, 0
+                self.best = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.history.append(record)
+        log.info("%s", json.dumps(record))
+        if self.folder is not None:
+            self._save(self.folder)
+
+    def _stale(self) -> bool:
+        return self.validate is not None and self.position.waited >= self.config.patience
+
+    def _save(self, folder: Path) -> None:
+        Checkpoint(
+            run=self._identity(),
+            position=self.position,
+            history=self.history,
+            model=self.model.state_dict(),
+            best=self.best,
+            optimizer=self.optimizer.state_dict(),
+            random=torch.get_rng_state(),
+            carried=self.carried,
+        ).write(folder)
+
+    def _resume(self) -> None:
+        if self.folder is None or not Checkpoint.exists(self.folder):
+            return
+        like = self.model.initial_state(1)
+        saved = Checkpoint.read(self.folder, run=self._identity(), state_like=like)
+        self.model.load_state_dict(saved.model)
+        self.optimizer.load_state_dict(saved.optimizer)
+        torch.set_rng_state(saved.random)
+        self.position, self.history, self.best = saved.position, saved.history, saved.best
+        self.carried = saved.carried
+        log.info("resumed at epoch %d, batch %d", self.position.epoch + 1, self.position.batch)
+
+    def _stop_for_interrupt(self) -> None:
+        where = f"epoch {self.position.epoch + 1}, batch {self.position.batch}"
+        if self.folder is None:
+            raise Interrupted(f"stopped at {where}; no folder was given, so nothing was kept")
+        self._save(self.folder)
+        raise Interrupted(f"stopped at {where}; resume from {self.folder}")
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued."""
+        return {
+            "model": type(self.model).__name__,
+            "parameters": {k: list(v.shape) for k, v in self.model.state_dict().items()},
+            "config": self.config.model_dump(),
+            "labels": self.dataset.num_labels,
+        }
+
+
+class _NextItemLoss:
+    """The loss that the settings ask for, in the precision that they ask for."""
+
+    def __init__(
+        self, model: UserModel, dataset: Dataset, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.model, self.device = model, device
+        self.dtype = compute_dtype(config.precision, device)
+        sampled = config.loss == "sampled" or (
+            config.loss == "auto" and model.num_items > config.full_softmax_limit
+        )
+        self.sampler: NegativeSampler | None = None
+        if sampled:
+            counts = dataset.item_counts(model.num_items).to(device)
+            self.sampler = NegativeSampler(counts, config.negatives)
+
+    def compute(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def __call__(self, vectors: Tensor, items: Tensor, labels: Tensor) -> Tensor:
+        if not bool(labels.all()):
+            vectors, items = vectors[labels], items[labels]
+        head = self.model.item_head()
+        vectors = vectors.to(head.weight.dtype)
+        if self.sampler is None:
+            return full_softmax(vectors, head, items, dtype=self.dtype)
+        return sampled_softmax(vectors, head, items, self.sampler.draw(), dtype=self.dtype)
+
+    def check(self, batch: TrainBatch) -> None:
+        """Falls back to float32 if narrow products change the loss of a first batch."""
+        if self.dtype == torch.float32 or not bool(batch.labels.any()):
+            return
+        events, labels = batch.events.to(self.device), batch.labels.to(self.device)
+        narrow, losses = self.dtype, {}
+        self.model.eval()
+        for dtype in (narrow, torch.float32):
+            self.dtype = dtype
+            with torch.random.fork_rng(), torch.no_grad(), self.compute():
+                losses[dtype] = float(self(self.model(events)[0], events.items, labels))
+        difference = abs(losses[narrow] - losses[torch.float32]) / losses[torch.float32]
+        self.dtype = narrow if difference <= 1e-2 else torch.float32
+        log.info(
+            "first loss %.4f in %s, %.4f in float32: training in %s",
+            losses[narrow], narrow, losses[torch.float32], self.dtype,
+        )
+
+
+def parameter_groups(model: UserModel, config: TrainConfig) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay, for AdamW."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        last = name.rsplit(".", 1)[-1]
+        recurrence = last in model.recurrence_parameters and not config.decay_recurrence
+        plain = "bias" in name or "norm" in name
+        (free if plain or recurrence else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def rate_share(done: float, config: TrainConfig) -> float:
+    """The share of the learning rate that holds after a share ``done`` of the run."""
+    share = min(1.0, (done + 1e-6) / config.warmup) if config.warmup > 0 else 1.0
+    if config.schedule == "cosine":
+        share *= 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+    return share
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: bfloat16 for ``auto`` only where it is fast."""
+    if precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = _cpu_multiplies_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) is True for name in ("avx512_bf16", "amx_bf16", "bf16"))

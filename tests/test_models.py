@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numba
+import pytest
+import torch
+
+from everlong import state as states
+from everlong.batch import Batch
+from everlong.model import CountingModel, UserModel
+from everlong.models import BUILTIN, config_class, load_model_class
+from everlong.testing import check_model
+
+ITEMS = 20
+SMALL = {"dim": 8, "hidden": 6, "channels": 5, "layers": 2, "heads": 2, "window": 16}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads[0])
+    numba.set_num_threads(threads[1])
+
+
+def small(name: str) -> UserModel:
+    model_class = load_model_class(name)
+    config = config_class(model_class)
+    sizes = {f.name: SMALL[f.name] for f in dataclasses.fields(config) if f.name in SMALL}
+    torch.manual_seed(0)
+    model = model_class(config(num_items=ITEMS, **sizes))
+    if isinstance(model, CountingModel):
+        histories = torch.randint(ITEMS, (30, 10)).tolist()
+        model.observe(Batch.from_histories(histories))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", BUILTIN)
+def test_every_model_keeps_the_laws(name: str, dtype: torch.dtype) -> None:
+    model = small(name)
+    report = check_model(model, num_users=6, dtype=dtype)
+    assert set(report.kept) | set(report.exempt) == set(range(1, 8))
+    assert set(report.exempt) == ({2, 7} if name == "sasrec" else set())
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_after_50_000_events_the_state_is_as_large_as_before(name: str) -> None:
+    model = small(name).eval()
+    items = torch.randint(ITEMS, (50_000,))
+    batch = Batch(items=items, times=torch.arange(50_000), offsets=torch.tensor([0, 50_000]))
+    initial = model.initial_state(1)
+    with torch.no_grad():
+        _, state = model.encode(batch, initial)
+    states.check_same(initial, state)
+    assert torch.isfinite(model.score(state)).all()
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_models_are_made_from_a_frozen_config(name: str) -> None:
+    model = small(name)
+    assert isinstance(model.config, config_class(type(model)))
+    assert model.config.num_items == model.num_items == ITEMS
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.config.num_items = 3
+    with pytest.raises(TypeError):
+        config_class(type(model))(ITEMS)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown model 'SASRecs': did you mean 'sasrec'"):
+        load_model_class("SASRecs")
+    with pytest.raises(ValueError, match="Valid names: popularity"):
+        load_model_class("zzz")
+
+
+def test_a_constructor_without_a_config_is_named() -> None:
+    class Bare(UserModel):
+        def __init__(self) -> None:
+            super().__init__(1)
+
+    with pytest.raises(TypeError, match=r"Bare\.__init__"):
+        config_class(Bare)
