@@ -28,6 +28,9 @@ from torch.autograd.function import once_differentiable
 
 from everlong.ops.layout import pad_left, unpad_left
 
+PARALLEL_NUMBERS = 1 << 17
+"""Below so many numbers (512 events at H = 128) waking the other threads costs more than it saves."""
+
 
 def linear_scan(
     inputs: Tensor, decay: Tensor, state: Tensor, offsets: Tensor
@@ -163,7 +166,8 @@ class _CpuScan(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, decay: Tensor, state: Tensor, offsets: Tensor) -> Tensor:
         hidden = torch.empty_like(inputs, memory_format=torch.contiguous_format)
         u, rate, before, cuts = (_array(x) for x in (inputs, decay, state, offsets))
-        _forward(u, rate, before, cuts, _array(hidden), _splits(offsets, inputs))
+        forward = _forward if inputs.numel() >= PARALLEL_NUMBERS else _forward_alone
+        forward(u, rate, before, cuts, _array(hidden), _splits(offsets, inputs))
         ctx.save_for_backward(hidden, decay, state, offsets)
         return hidden
 
@@ -179,7 +183,8 @@ class _CpuScan(torch.autograd.Function):
         dh, h = _array(grads[0]), _array(hidden)
         rate, before, cuts = (_array(x) for x in (decay, state, offsets))
         du, ds, sums = (_array(x) for x in (d_inputs, d_state, partial))
-        _backward(dh, h, rate, before, cuts, du, ds, sums, _splits(offsets, hidden))
+        backward = _backward if hidden.numel() >= PARALLEL_NUMBERS else _backward_alone
+        backward(dh, h, rate, before, cuts, du, ds, sums, _splits(offsets, hidden))
         d_decay = partial.double().sum(0).to(decay.dtype).reshape(2, -1)
         return d_inputs, d_decay, d_state, None
 
@@ -245,3 +250,8 @@ def _backward(dh, h, decay, state, offsets, du, d_state, partial, splits):  # ty
                 s_im[c] += new_im * p_re[c] - new_re * p_im[c]
                 g_re[c] = a[c] * new_re + b[c] * new_im
                 g_im[c] = a[c] * new_im - b[c] * new_re
+
+
+# the same loops on the calling thread alone
+_forward_alone = njit(cache=True, nogil=True)(_forward.py_func)
+_backward_alone = njit(cache=True, nogil=True)(_backward.py_func)

@@ -176,19 +176,20 @@ def demo_log(
 ) -> SyntheticLog:
     """A mixed log: popular items, habits from one event to the next, and long memories.
 
-    Each user follows a novel and a comic. Every ``cycle`` events there is a reading evening: the
-    item ``evening``, then nearly always the next parts of both, ``cycle`` events after the parts
-    before. Between are everyday items, popular ones more often, or ones that tend to follow the
-    one before. Nobody takes an item but ``evening`` twice, so the scores hold whether seen items
-    are masked or not. For ``answer_share`` of the users the last two events are such parts, for
-    the others two everyday items. More columns: ``is_answer`` (1 for what follows an evening but
-    the first). ``best_without_cue`` is of an oracle that knows all but which titles a user reads.
+    Each user follows a title of each of four kinds. Every ``cycle`` events there is an evening:
+    the item ``evening``, then nearly always the next part of each of the four, ``cycle`` events
+    after the part before. Between are everyday items, popular ones more often, or ones that tend
+    to follow the one before. Nobody takes an item but ``evening`` twice, so the scores hold
+    whether seen items are masked or not. For ``answer_share`` of the users the last two events
+    are such parts, for the others two everyday items. More columns: ``is_answer`` (1 for the
+    parts of all evenings but the first). ``best_without_cue`` is of an oracle that knows all but
+    which titles a user follows.
 
     Raises:
         ValueError: if a size is not possible.
     """
     _check_least("num_users", num_users, 1)
-    _check_least("cycle", cycle, 6)
+    _check_least("cycle", cycle, 2 * len(KINDS))
     _check_least("mean_length", mean_length, 2 * cycle)
     if not 0 <= answer_share <= 1:
         raise ValueError(f"expected answer_share between 0 and 1, received {answer_share}")
@@ -197,7 +198,7 @@ def demo_log(
     readers = _Readers(random, num_users, num_items, cycle=cycle, longest=longest)
     lengths = random.integers(mean_length - mean_length // 4, longest + 1, size=num_users)
     # the place of each last event in the cycle: its end, or between two evenings
-    everyday_slot = random.integers(1, cycle - 3, size=num_users)
+    everyday_slot = random.integers(1, readers.evening_slot, size=num_users)
     last_slot = np.where(random.random(num_users) < answer_share, cycle - 1, everyday_slot)
 
     # histories end together and begin when their length says so
@@ -223,13 +224,14 @@ def demo_log(
         ),
         description=(
             f"{num_users} users with about {mean_length} events of {num_items} items: everyday "
-            f"items by popularity and habit, and every {cycle} events the next part of a novel "
-            "and of a comic, which only the parts before can tell."
+            f"items by popularity and habit, and every {cycle} events the next parts of the "
+            f"{', '.join(KINDS)} that the user follows, which only the parts before can tell."
         ),
     )
 
 
-NUM_TITLES = 18  # novels, and as many comics
+KINDS = ("novel", "comic", "album", "show")
+NUM_TITLES = 9  # of each kind
 FOLLOW = 0.9  # chance that a reader takes the next part and not an everyday item
 HABIT = 0.7  # share of the everyday choices that depend on the one before
 HABIT_CHANCES = (0.5, 0.25, 0.15, 0.1)
@@ -238,7 +240,7 @@ HABIT_CHANCES = (0.5, 0.25, 0.15, 0.1)
 class _Readers:
     """The users of the demo log while it is written: what each will do next, exactly.
 
-    Item rows: the parts of all novels, of all comics, the evening, the everyday items.
+    Item rows: the parts of all titles, kind by kind, the evening, the everyday items.
     """
 
     def __init__(
@@ -250,10 +252,9 @@ class _Readers:
         cycle: int,
         longest: int,
     ) -> None:
-        self.cycle = cycle
-        # one part an evening, and an evening has three events
-        self.num_parts = (longest - 3) // cycle + 1
-        self.evening = 2 * NUM_TITLES * self.num_parts
+        self.evening_slot = cycle - 1 - len(KINDS)
+        self.num_parts = (longest - 1 - len(KINDS)) // cycle + 1
+        self.evening = len(KINDS) * NUM_TITLES * self.num_parts
         num_everyday = num_items - self.evening - 1
         # twice as many as anybody can take, so that the habits still have a choice at the end
         _check_least("num_items", num_items, self.evening + 1 + 2 * longest)
@@ -261,15 +262,15 @@ class _Readers:
         self.seen = np.zeros((num_users, num_everyday), dtype=np.bool_)
         self.previous = np.full(num_users, num_everyday)
         self.evenings = np.zeros(num_users, dtype=np.int64)
-        self.part = np.zeros((num_users, 2), dtype=np.int64)
-        # [num_users, 2, titles] chance of each title: open before the first evening, then known
-        self.titles = np.full((num_users, 2, NUM_TITLES), 1 / NUM_TITLES)
+        self.part = np.zeros((num_users, len(KINDS)), dtype=np.int64)
+        # [num_users, kinds, titles] chance of each title: open before the first evening, then known
+        self.titles = np.full((num_users, len(KINDS), NUM_TITLES), 1 / NUM_TITLES)
 
     def names(self) -> list[str]:
         """``[I]`` the id of each item row."""
         parts = [
             f"{kind}-{title + 1:02d}-part-{part + 1}"
-            for kind in ("novel", "comic")
+            for kind in KINDS
             for title in range(NUM_TITLES)
             for part in range(self.num_parts)
         ]
@@ -277,7 +278,7 @@ class _Readers:
 
     def answers(self, slot: Ints) -> NDArray[np.bool_]:
         """``[num_users]`` whether what comes at these slots depends on an evening before."""
-        return (slot >= self.cycle - 2) & (self.evenings >= 2)
+        return (slot > self.evening_slot) & (self.evenings >= 2)
 
     def chances(self, slot: Ints, titles: Floats) -> Floats:
         """``[num_users, I]`` chances of each user's next item; the evening ends the cycle."""
@@ -285,12 +286,12 @@ class _Readers:
         everyday /= everyday.sum(axis=1, keepdims=True)
         chances = np.zeros((len(slot), self.evening + 1 + everyday.shape[1]))
         chances[:, self.evening + 1 :] = everyday
-        asked = slot == self.cycle - 3
+        asked = slot == self.evening_slot
         chances[asked] = 0
         chances[asked, self.evening] = 1
-        for kind in range(2):
+        for kind in range(len(KINDS)):
             # a history may begin within an evening: without its beginning, nothing is read
-            due = np.flatnonzero((slot == self.cycle - 2 + kind) & (self.evenings > 0))
+            due = np.flatnonzero((slot == self.evening_slot + 1 + kind) & (self.evenings > 0))
             follow = np.where(self.evenings[due] == 1, 1.0, FOLLOW)[:, None]
             chances[due] *= 1 - follow
             title = kind * NUM_TITLES + np.arange(NUM_TITLES)

@@ -1,0 +1,164 @@
+"""Recommendation quality on real logs: one run, or all runs of the results table.
+
+    python benchmarks/quality.py run ml-1m paper lru --seed 0
+    python benchmarks/quality.py all            # every run that has no result yet
+
+The logs are read from ``../shared/data`` beside the repository, or from ``--data-dir``; they are not
+part of the project. Settings were chosen on validation; ``search`` records how. Each run writes
+``results/quality/<data>-<protocol>-<model>-<seed>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+import everlong
+from everlong.events import Events, read_events
+from everlong.fit import PROTOCOLS
+from everlong.split import Protocol
+
+DATA_DIR = Path(__file__).parents[2] / "shared" / "data"
+RESULTS = Path(__file__).parent / "results" / "quality"
+SEEDS = (0, 1, 2)
+COUNTING = ("popularity", "recent_popularity", "markov")
+LEARNING = ("lru", "sasrec", "gru4rec")
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+class Log(NamedTuple):
+    """How a log is read and split."""
+
+    timestamp: str
+    ties: str
+    window: int  # of the paper protocol: 200, or 50 for the Amazon sets
+    seen: str  # whether seen items are masked; not where people buy the same things again
+
+
+LOGS = {
+    "ml-1m": Log("order", "stable", 200, "mask"),
+    "amazon-video-games": Log("order", "stable", 50, "mask"),
+    "ml-latest-small": Log("timestamp", "random", 200, "mask"),
+    "ml-100k": Log("timestamp", "random", 200, "mask"),
+    "online-retail": Log("timestamp", "random", 200, "keep"),
+}
+TABLE = [
+    ("ml-1m", "paper"),
+    ("amazon-video-games", "paper"),
+    ("ml-latest-small", "paper"),
+    ("ml-latest-small", "temporal"),
+    ("ml-100k", "paper"),
+    ("ml-100k", "temporal"),
+    ("online-retail", "temporal"),
+]
+
+
+class Recipe(NamedTuple):
+    """Settings that differ from the defaults, chosen on validation."""
+
+    architecture: dict[str, Any]
+    training: dict[str, Any]
+
+
+COSINE = {"schedule": "cosine", "warmup": 0.02}
+RECIPES: dict[tuple[str, str], Recipe] = {}
+
+
+def recipe(data: str, model: str) -> Recipe:
+    """The settings of a run: of this log and model, of the model, or the defaults."""
+    for key in ((data, model), ("*", model)):
+        if key in RECIPES:
+            return RECIPES[key]
+    return Recipe({}, {})
+
+
+def read_log(data: str, data_dir: Path, seed: int) -> Events:
+    """A log; random ties are broken once for all seeds, so that all runs rank the same targets."""
+    log = LOGS[data]
+    path = data_dir / data / "interactions.parquet"
+    return read_events(path, timestamp=log.timestamp, ties=log.ties, seed=0)  # type: ignore[arg-type]
+
+
+def protocol_for(data: str, name: str) -> Protocol:
+    log = LOGS[data]
+    changes: dict[str, object] = {"seen": log.seen}
+    if name == "paper":
+        changes["window"] = log.window
+    return PROTOCOLS[name].replace(changes)
+
+
+@app.command()
+def run(
+    data: str,
+    protocol: str,
+    model: str,
+    seed: int = 0,
+    data_dir: Path = DATA_DIR,
+    architecture: Annotated[str, typer.Option(help="JSON of changes, for a search")] = "{}",
+    training: Annotated[str, typer.Option(help="JSON of changes, for a search")] = "{}",
+    name: Annotated[str, typer.Option(help="result file, default by the settings")] = "",
+) -> None:
+    """Trains and evaluates one model on one log."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    chosen = recipe(data, model)
+    settings = {**chosen.training, "seed": seed, **json.loads(training)}
+    shape = {**chosen.architecture, **json.loads(architecture)}
+    events = read_log(data, data_dir, seed)
+    name = name or f"{data}-{protocol}-{model}-{seed}"
+    began = time.perf_counter()
+    recommender = everlong.fit(
+        events,
+        model,
+        architecture=shape,
+        training=settings,
+        protocol=protocol_for(data, protocol),
+        folder=Path("runs") / "quality" / name,
+        resume=True,
+    )
+    record = {
+        "data": data,
+        "model": model,
+        "seed": seed,
+        "fingerprint": events.fingerprint,
+        "ties": events.facts.ties,
+        "architecture": shape,
+        "training": settings,
+        "state_bytes": recommender.bytes_per_user - 4 * recommender.users.seen.shape[1] - 16,
+        "seconds": round(time.perf_counter() - began, 1),
+        **{part: shorten(result) for part, result in recommender.origin.metrics.items()},
+    }
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    for part, result in recommender.origin.metrics.items():
+        means = {m: round(result["metrics"][m]["mean"], 5) for m in ("NDCG@10", "Recall@10")}
+        print(name, part, means, "best epoch", result["best_epoch"], flush=True)
+
+
+@app.command("all")
+def run_all(data_dir: Path = DATA_DIR, only: str = "", models: str = "") -> None:
+    """Runs whatever has no result yet."""
+    for data, protocol in TABLE:
+        for model in (*COUNTING, *LEARNING):
+            for seed in SEEDS if model in LEARNING else SEEDS[:1]:
+                done = RESULTS / f"{data}-{protocol}-{model}-{seed}.json"
+                wanted = only in f"{data}-{protocol}" and (not models or model in models.split(","))
+                if wanted and not done.exists():
+                    run(data, protocol, model, seed, data_dir, "{}", "{}", "")
+
+
+def shorten(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without what is never looked at: by history length, two metrics are enough."""
+    short = [
+        row for row in result["by_history_length"] if row["metric"] in ("NDCG@10", "Recall@10")
+    ]
+    return {**result, "by_history_length": short}
+
+
+if __name__ == "__main__":
+    app()
