@@ -20,7 +20,7 @@ import typer
 
 import everlong
 from everlong.events import Events, read_events
-from everlong.fit import PROTOCOLS
+from everlong.pipeline import PROTOCOLS
 from everlong.split import Protocol
 
 DATA_DIR = Path(__file__).parents[2] / "shared" / "data"
@@ -58,6 +58,10 @@ TABLE = [
 ]
 
 
+RECIPES = Path(__file__).parent / "recipes.json"
+DROPOUTS = (0.2, 0.4, 0.6)
+
+
 class Recipe(NamedTuple):
     """Settings that differ from the defaults, chosen on validation."""
 
@@ -65,16 +69,17 @@ class Recipe(NamedTuple):
     training: dict[str, Any]
 
 
-COSINE = {"schedule": "cosine", "warmup": 0.02}
-RECIPES: dict[tuple[str, str], Recipe] = {}
+def recipe(data: str, protocol: str, model: str) -> Recipe:
+    """The chosen settings of a run."""
+    found = json.loads(RECIPES.read_text()).get(f"{data}-{protocol}-{model}", {})
+    return Recipe(found.get("architecture", {}), found.get("training", {}))
 
 
-def recipe(data: str, model: str) -> Recipe:
-    """The settings of a run: of this log and model, of the model, or the defaults."""
-    for key in ((data, model), ("*", model)):
-        if key in RECIPES:
-            return RECIPES[key]
-    return Recipe({}, {})
+def dropout_settings(model: str, dropout: float) -> dict[str, float]:
+    """Architecture settings with one dropout everywhere."""
+    if model == "lru":
+        return {"dropout": dropout, "recurrence_dropout": dropout}
+    return {"dropout": dropout}
 
 
 def read_log(data: str, data_dir: Path, seed: int) -> Events:
@@ -105,7 +110,7 @@ def run(
 ) -> None:
     """Trains and evaluates one model on one log."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    chosen = recipe(data, model)
+    chosen = recipe(data, protocol, model)
     settings = {**chosen.training, "seed": seed, **json.loads(training)}
     shape = {**chosen.architecture, **json.loads(architecture)}
     events = read_log(data, data_dir, seed)
@@ -138,6 +143,27 @@ def run(
     for part, result in recommender.origin.metrics.items():
         means = {m: round(result["metrics"][m]["mean"], 5) for m in ("NDCG@10", "Recall@10")}
         print(name, part, means, "best epoch", result["best_epoch"], flush=True)
+
+
+@app.command()
+def search(data: str, protocol: str, model: str, data_dir: Path = DATA_DIR) -> None:
+    """Tries the dropouts on validation and keeps the best in ``recipes.json``."""
+    scores = {}
+    for dropout in DROPOUTS:
+        name = f"search/{data}-{protocol}-{model}-{dropout}"
+        shape = json.dumps(dropout_settings(model, dropout))
+        run(data, protocol, model, 0, data_dir, shape, "{}", name)
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        scores[dropout] = found["validation"]["metrics"]["NDCG@10"]["mean"]
+    best = max(scores, key=lambda dropout: scores[dropout])
+    recipes = json.loads(RECIPES.read_text())
+    entry = recipes.setdefault(f"{data}-{protocol}-{model}", {})
+    entry["architecture"] = {**entry.get("architecture", {}), **dropout_settings(model, best)}
+    entry["validation NDCG@10 by dropout"] = scores
+    RECIPES.write_text(json.dumps(recipes, indent=1) + "\n")
+    # the run with the chosen settings is the first seed's result
+    chosen = RESULTS / f"search/{data}-{protocol}-{model}-{best}.json"
+    chosen.replace(RESULTS / f"{data}-{protocol}-{model}-0.json")
 
 
 @app.command("all")

@@ -101,9 +101,7 @@ ItemColumn = Annotated[str, typer.Option("--item-id", help="Column of item ids."
 TimeColumn = Annotated[
     str, typer.Option("--timestamp", help="Column of times; '' if the rows are in order already.")
 ]
-TieRule = Annotated[
-    Ties, typer.Option("--ties", help="Order of events of one user at one time.")
-]
+TieRule = Annotated[Ties, typer.Option("--ties", help="Order of events of one user at one time.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 
@@ -322,20 +320,20 @@ def data_index(
     )
 
 
-def pairs(option: str, texts: Sequence[str] | None) -> dict[str, str]:
-    """Settings from ``name=value`` texts.
+def pairs(option: str, texts: Sequence[str] | None) -> dict[str, str | None]:
+    """Settings from ``name=value`` texts; the value ``none`` is None.
 
     Raises:
         ValueError: if a text is not of that form, or a name comes twice.
     """
-    settings: dict[str, str] = {}
+    settings: dict[str, str | None] = {}
     for text in texts or []:
         name, equals, value = (piece.strip() for piece in text.partition("="))
         if not name or not equals:
             raise ValueError(f"{option} takes name=value, received {text!r}")
         if name in settings:
             raise ValueError(f"{option} {name} was given twice; give it once")
-        settings[name] = value
+        settings[name] = None if value == "none" else value
     return settings
 
 

@@ -80,7 +80,8 @@ def run_fit(
     check_target(plan.out)
     _check_run(plan)
     events = open_log()
-    protocol = choose_protocol(plan.protocol, events).replace(plan.split)
+    protocol = choose_protocol(plan.protocol, events)
+    protocol = load_settings(Protocol, {**protocol.model_dump(), **plan.split})
     try:
         recommender = fit(
             events,
@@ -93,7 +94,13 @@ def run_fit(
             device=plan.device,
         )
     except Interrupted as stopped:
-        raise Interrupted(f"{stopped}; the same command with --resume continues it") from None
+        raise Interrupted(f"{stopped}: the same command with --resume continues it") from None
+    except KeyboardInterrupt:
+        if Checkpoint.exists(plan.run_folder):
+            raise Interrupted(
+                f"a checkpoint is in {plan.run_folder}: the same command with --resume continues it"
+            ) from None
+        raise
     recommender.save(plan.out)
     # the model is safe, so what it took to make it may go
     (plan.run_folder / CHECKPOINT).unlink(missing_ok=True)
@@ -134,7 +141,7 @@ def _tell_results(
 def _row(recommender: Recommender) -> tuple[dict[str, float], str]:
     values = recommender.origin.metrics["test"]["metrics"]
     means = {name: value["mean"] for name, value in values.items()}
-    return means, f"{recommender.state_bytes:,}"
+    return means, f"{recommender.bytes_per_user:,}"
 
 
 def _draw(plan: FitPlan, recommender: Recommender) -> None:

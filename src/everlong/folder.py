@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from pydantic import ConfigDict
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -57,7 +58,7 @@ class FolderConfig(Settings):
 class ModelFolder(Settings):
     """The contents of a model folder, read and checked."""
 
-    model_config = {"frozen": True, "extra": "forbid", "arbitrary_types_allowed": True}
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     config: FolderConfig
     weights: dict[str, Tensor]
@@ -84,10 +85,7 @@ def write_folder(
         OSError: if it cannot be written, as on a full disk.
         ValueError: if ``path`` is a file, or a folder that is not a model folder.
     """
-    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
-        raise ValueError(
-            f"{path} holds other files: expected a free name or a model folder; choose another"
-        )
+    check_target(path)
     with new_folder(path) as folder:
         tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
         (folder / "model.safetensors").write_bytes(save_tensors(tensors))
@@ -99,6 +97,16 @@ def write_folder(
         files = {name: file_facts((folder / name).read_bytes()) for name in FILES}
         text = json.dumps({"format": FORMAT, **config, "files": files}, indent=2)
         (folder / CONFIG).write_text(text + "\n")
+
+
+def check_target(path: Path) -> None:
+    """Raises ``ValueError`` if ``path`` is neither free, nor empty, nor a model folder."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: expected a free name or a model folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
+        raise ValueError(
+            f"{path} holds other files: expected a free name or a model folder; choose another"
+        )
 
 
 def read_folder(path: Path) -> ModelFolder:

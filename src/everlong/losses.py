@@ -159,11 +159,14 @@ class _FullSoftmax(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=vectors.device)
         grads = _Grads.like(vectors, weight, bias, wide) if any(ctx.needs_input_grad[:3]) else None
         table, offset = weight.to(dtype), bias.to(dtype)
+        # one buffer for all chunks: fresh pages for each would cost as much as a product
+        buffer = vectors.new_empty(min(rows, vectors.shape[0]), bias.numel(), dtype=dtype)
         for start in range(0, vectors.shape[0], rows):
             part, target = vectors[start : start + rows].to(dtype), targets[start : start + rows]
-            scores = torch.addmm(offset, part, table.T)
-            chance = torch.softmax(scores, dim=1)
-            total += _losses(scores, chance, target, wide).double().sum()
+            scores = torch.addmm(offset, part, table.T, out=buffer[: target.numel()])
+            chance = torch.softmax(scores, dim=1, out=scores)
+            answers = chance.gather(1, target.unsqueeze(1)).squeeze(1)
+            total += _losses(answers, part, table, offset, target, wide).double().sum()
             if grads is not None:
                 chance[torch.arange(target.numel(), device=target.device), target] -= 1.0
                 grads.add(start, part, table, chance)
@@ -179,14 +182,21 @@ class _FullSoftmax(torch.autograd.Function):
         return d_vectors.to(ctx.vector_dtype), d_weight, d_bias, None, None, None
 
 
-def _losses(scores: Tensor, chance: Tensor, target: Tensor, wide: torch.dtype) -> Tensor:
-    """``[n]`` negative log likelihoods, from scores and their softmax."""
-    losses = -chance.gather(1, target.unsqueeze(1)).squeeze(1).to(wide).log()
+def _losses(
+    answers: Tensor,
+    part: Tensor,
+    table: Tensor,
+    offset: Tensor,
+    target: Tensor,
+    wide: torch.dtype,
+) -> Tensor:
+    """``[n]`` negative log likelihoods from the chances of the targets."""
+    losses = -answers.to(wide).log()
     # a chance that rounded to zero says nothing: those few rows go the long way
     lost = losses.isinf().nonzero().squeeze(1)
     if lost.numel():
-        rows, answers = scores[lost].to(wide), target[lost].unsqueeze(1)
-        losses[lost] = rows.logsumexp(1) - rows.gather(1, answers).squeeze(1)
+        rows = torch.addmm(offset, part[lost], table.T).to(wide)
+        losses[lost] = rows.logsumexp(1) - rows.gather(1, target[lost].unsqueeze(1)).squeeze(1)
     return losses
 
 

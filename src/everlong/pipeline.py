@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from everlong.config import load_settings
+from everlong.config import load_settings, unknown
 from everlong.dataset import Dataset
 from everlong.evaluate import evaluate
 from everlong.events import Events, read_events
+from everlong.metrics import DEFAULT
 from everlong.model import UserModel
 from everlong.models import config_class, load_model_class
 from everlong.provenance import hardware, versions
@@ -62,15 +63,21 @@ def fit(
     # settings first: a misspelt one must not cost the reading of a long log
     model_class = load_model_class(model)
     config = training if isinstance(training, TrainConfig) else _training(training)
+    measured = [str(metric) for metric in DEFAULT]
+    if config.monitor not in measured:
+        raise ValueError(unknown("monitor", config.monitor, measured, of="TrainConfig"))
     if not isinstance(events, Events):
         events = read_events(events)
     parts = split(events, choose_protocol(protocol, events))
     network = make_model(model_class, parts, architecture or {}, config.seed).to(device)
+    has_validation = parts.validation.user.size > 0
+    if not has_validation:
+        log.warning("no held-out events: the last epoch is kept, and quality is not measured")
     result = train(
         network,
         Dataset(parts.events, parts.train),
         config,
-        validate=lambda trained: validation_metrics(trained, parts),
+        validate=(lambda trained: validation_metrics(trained, parts)) if has_validation else None,
         folder=None if folder is None else Path(folder),
         resume=resume,
         device=device,

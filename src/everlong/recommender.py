@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -18,6 +18,7 @@ from torch import Tensor
 from everlong import state as states
 from everlong.batch import Batch
 from everlong.card import card
+from everlong.clock import TimeUnit
 from everlong.config import load_settings
 from everlong.dataset import gather, pieces
 from everlong.encode import EVENTS_PER_BATCH, device_of, serving
@@ -131,7 +132,7 @@ class Recommender:
             table, names = self._read_histories(users)
             rows = np.arange(len(names), dtype=np.int64)
         else:
-            table, names = self.users, pl.Series("user_id", users)
+            table, names = self.users, _series("user_id", users)
             rows = self._known_users(names)
         return self._list(table, rows, names.alias("user_id"), k, filter_seen, _seconds(at))
 
@@ -142,11 +143,19 @@ class Recommender:
         user_id: str = "user_id",
         item_id: str = "item_id",
         timestamp: str | None = "timestamp",
+        time_unit: TimeUnit | Literal["auto"] = "auto",
     ) -> UpdateReport:
         """Reads new events into the states of their users, at a constant cost per event.
 
         Users that are new begin with the initial state. Events of items that were not in training
         are left out and counted. Events of one user are read in the order of their times.
+
+        Args:
+            events: new events alone, in any form that ``read_events`` takes.
+            user_id: the column of user ids.
+            item_id: the column of item ids.
+            timestamp: the column of times, or None if the rows are in order already.
+            time_unit: what the times are; a log that had positions is continued by positions.
 
         Raises:
             ValueError: if the events cannot be read.
@@ -157,7 +166,7 @@ class Recommender:
                 user_id=user_id,
                 item_id=item_id,
                 timestamp=timestamp,
-                time_unit="position" if self.origin.time_unit == "position" else "auto",
+                time_unit="position" if self.origin.time_unit == "position" else time_unit,
             )
         known, dropped = to_catalogue(events, self.item_ids)
         new_users = self.users.add(known.user_ids.ids(np.arange(known.num_users)))
@@ -184,8 +193,8 @@ class Recommender:
             events = read_events(events)
         if events.fingerprint != self.origin.data["fingerprint"]:
             raise ValueError(
-                f"this log is not the one that the model was trained on: expected fingerprint "
-                f"{self.origin.data['fingerprint'][:12]}..., received {events.fingerprint[:12]}...; "
+                "this log is not the one that the model was trained on: expected fingerprint "
+                f"{self.origin.data['fingerprint'][:12]}, received {events.fingerprint[:12]}; "
                 "read the same file with the same columns, ties and seed"
             )
         parts = split(events, self.origin.protocol)
@@ -201,16 +210,24 @@ class Recommender:
         """
         if k < 1:
             raise ValueError(f"expected k >= 1, received {k}")
-        ids = pl.Series("item_id", items)
+        ids = _series("item_id", items)
         rows = torch.from_numpy(self._known_items(ids))
         with torch.no_grad():
             vectors = torch.nn.functional.normalize(self.model.item_head().weight, dim=1)
         lists = []
-        for part in rows.split(max(1, SCORES_PER_BATCH // len(self.item_ids))):
+        for part in torch.split(rows, max(1, SCORES_PER_BATCH // len(self.item_ids))):
             scores = vectors[part] @ vectors.T
             scores[torch.arange(len(part)), part] = -torch.inf
             lists.append(top_k(scores, k))
         return self._frame(ids, "similar_item_id", lists)
+
+    def user_ids_from_text(self, texts: Sequence[str]) -> pl.Series:
+        """Ids of users written as text, such as command line words, in the type of the log.
+
+        Raises:
+            ValueError: if a text cannot be read as that type.
+        """
+        return IdMap.from_values(self.users.ids[:1] or [""]).from_text(texts)
 
     def save(self, folder: str | Path) -> None:
         """Writes model, ids, states, metrics and card to a folder, whole or not at all.
@@ -262,10 +279,10 @@ class Recommender:
         self, histories: Mapping[Any, Sequence[Any]]
     ) -> tuple[UserTable, pl.Series]:
         """A table of these histories alone, and their names."""
-        names = pl.Series("user_id", list(histories))
+        names = _series("user_id", list(histories))
         lengths = [len(items) for items in histories.values()]
         flat = [item for items in histories.values() for item in items]
-        rows = self._known_items(pl.Series("item_id", flat)) if flat else np.zeros(0, np.int64)
+        rows = self._known_items(_series("item_id", flat)) if flat else np.zeros(0, np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         with serving(self.model):
             table = UserTable(self.model.initial_state(1), SEEN_CAPACITY)
@@ -314,12 +331,14 @@ class Recommender:
         items = torch.cat([items for _, items in lists])
         width = items.shape[1]
         owners = np.repeat(np.arange(len(names)), width)
-        frame = pl.DataFrame([
-            names.gather(owners),
-            self.item_ids.ids(items.flatten().numpy()).alias(found),
-            pl.Series("score", scores.flatten().float().numpy()),
-            pl.Series("rank", np.tile(np.arange(1, width + 1, dtype=np.int32), len(names))),
-        ])
+        frame = pl.DataFrame(
+            [
+                names.gather(owners),
+                self.item_ids.ids(items.flatten().numpy()).alias(found),
+                pl.Series("score", scores.flatten().float().numpy()),
+                pl.Series("rank", np.tile(np.arange(1, width + 1, dtype=np.int32), len(names))),
+            ]
+        )
         return frame.filter(pl.Series(items.flatten().numpy() >= 0))
 
 
@@ -398,6 +417,20 @@ def _read_batch(
     table.write_states(index, states.detach(type(final)(*(v.cpu() for v in final))))
     arrays = (batch.offsets.numpy(), batch.items.numpy(), batch.times.numpy())
     return table.note(rows, *arrays)
+
+
+def _series(name: str, ids: Sequence[Any] | pl.Series) -> pl.Series:
+    """Ids from outside as a series.
+
+    Raises:
+        ValueError: if they are no list, or of several types.
+    """
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise ValueError(f"{name}: expected a list of ids, received {ids!r}; use [{ids!r}]")
+    try:
+        return pl.Series(name, ids, strict=True)
+    except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
+        raise ValueError(f"{name}: ids must all have one type: {error}") from error
 
 
 def _seconds(at: int | datetime | None) -> int | None:

@@ -116,7 +116,10 @@ def train(
         for batch in dataset.batches(config.batch_events, seed=config.seed, epoch=0):
             model.observe(batch.events.to(device))
         return TrainResult(best_epoch=0, best_score=math.nan, epochs=1)
-    return _Run(model, dataset, config, validate, folder, torch.device(device)).run(resume)
+    place = torch.device(device)
+    # the caller's random numbers go on as if nothing had been drawn
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        return _Run(model, dataset, config, validate, folder, place).run(resume)
 
 
 class _Run:

@@ -53,8 +53,18 @@ class UserTable:
         return np.fromiter((self._rows.get(i, -1) for i in ids.to_list()), np.int64, len(ids))
 
     def add(self, ids: pl.Series) -> int:
-        """Adds the ids that are new, with the initial state; returns how many were."""
+        """Adds the ids that are new, with the initial state; returns how many were.
+
+        Raises:
+            ValueError: if they are of another type than the ids that are there.
+        """
         new = [i for i in ids.unique(maintain_order=True).to_list() if i not in self._rows]
+        known = next(iter(self._rows), None)
+        if new and known is not None and type(new[0]) is not type(known):
+            raise ValueError(
+                f"user ids have one type: expected {type(known).__name__} as in {known!r}, "
+                f"received {type(new[0]).__name__} as in {new[0]!r}"
+            )
         first, count = len(self), len(new)
         self._rows |= {i: first + place for place, i in enumerate(new)}
         self._reserve(first + count)

@@ -171,19 +171,20 @@ def demo_log(
     num_users: int = 1500,
     num_items: int = 500,
     mean_length: int = 120,
-    cycle: int = 30,
+    cycle: int = 24,
+    num_titles: int = 6,
     answer_share: float = 0.7,
 ) -> SyntheticLog:
     """A mixed log: popular items, habits from one event to the next, and long memories.
 
-    Each user follows a title of each of four kinds. Every ``cycle`` events there is an evening:
-    the item ``evening``, then nearly always the next part of each of the four, ``cycle`` events
-    after the part before. Between are everyday items, popular ones more often, or ones that tend
-    to follow the one before. Nobody takes an item but ``evening`` twice, so the scores hold
-    whether seen items are masked or not. For ``answer_share`` of the users the last two events
-    are such parts, for the others two everyday items. More columns: ``is_answer`` (1 for the
-    parts of all evenings but the first). ``best_without_cue`` is of an oracle that knows all but
-    which titles a user follows.
+    Each user follows one of ``num_titles`` of each of four kinds. Every ``cycle`` events there
+    is an evening: the item ``evening``, then nearly always the next part of each of the four,
+    ``cycle`` events after the part before. Between are everyday items, popular ones more often,
+    or ones that tend to follow the one before. Nobody takes an item but ``evening`` twice, so
+    the scores hold whether seen items are masked or not. For ``answer_share`` of the users the
+    last two events are such parts, for the others two everyday items. More columns:
+    ``is_answer`` (1 for the parts of all evenings but the first). ``best_without_cue`` is of an
+    oracle that knows all but which titles a user follows.
 
     Raises:
         ValueError: if a size is not possible.
@@ -191,11 +192,14 @@ def demo_log(
     _check_least("num_users", num_users, 1)
     _check_least("cycle", cycle, 2 * len(KINDS))
     _check_least("mean_length", mean_length, 2 * cycle)
+    _check_least("num_titles", num_titles, 1)
     if not 0 <= answer_share <= 1:
         raise ValueError(f"expected answer_share between 0 and 1, received {answer_share}")
     random = np.random.default_rng([4, seed])
     longest = mean_length + mean_length // 4
-    readers = _Readers(random, num_users, num_items, cycle=cycle, longest=longest)
+    readers = _Readers(
+        random, num_users, num_items, cycle=cycle, longest=longest, num_titles=num_titles
+    )
     lengths = random.integers(mean_length - mean_length // 4, longest + 1, size=num_users)
     # the place of each last event in the cycle: its end, or between two evenings
     everyday_slot = random.integers(1, readers.evening_slot, size=num_users)
@@ -220,7 +224,7 @@ def demo_log(
         ),
         best=best_scores(chances),
         best_without_cue=best_scores(
-            readers.chances(slot, np.full_like(readers.titles, 1 / NUM_TITLES))
+            readers.chances(slot, np.full_like(readers.titles, 1 / num_titles))
         ),
         description=(
             f"{num_users} users with about {mean_length} events of {num_items} items: everyday "
@@ -231,7 +235,6 @@ def demo_log(
 
 
 KINDS = ("novel", "comic", "album", "show")
-NUM_TITLES = 9  # of each kind
 FOLLOW = 0.9  # chance that a reader takes the next part and not an everyday item
 HABIT = 0.7  # share of the everyday choices that depend on the one before
 HABIT_CHANCES = (0.5, 0.25, 0.15, 0.1)
@@ -251,10 +254,12 @@ class _Readers:
         *,
         cycle: int,
         longest: int,
+        num_titles: int,
     ) -> None:
+        self.num_titles = num_titles
         self.evening_slot = cycle - 1 - len(KINDS)
         self.num_parts = (longest - 1 - len(KINDS)) // cycle + 1
-        self.evening = len(KINDS) * NUM_TITLES * self.num_parts
+        self.evening = len(KINDS) * num_titles * self.num_parts
         num_everyday = num_items - self.evening - 1
         # twice as many as anybody can take, so that the habits still have a choice at the end
         _check_least("num_items", num_items, self.evening + 1 + 2 * longest)
@@ -264,14 +269,14 @@ class _Readers:
         self.evenings = np.zeros(num_users, dtype=np.int64)
         self.part = np.zeros((num_users, len(KINDS)), dtype=np.int64)
         # [num_users, kinds, titles] chance of each title: open before the first evening, then known
-        self.titles = np.full((num_users, len(KINDS), NUM_TITLES), 1 / NUM_TITLES)
+        self.titles = np.full((num_users, len(KINDS), num_titles), 1 / num_titles)
 
     def names(self) -> list[str]:
         """``[I]`` the id of each item row."""
         parts = [
             f"{kind}-{title + 1:02d}-part-{part + 1}"
             for kind in KINDS
-            for title in range(NUM_TITLES)
+            for title in range(self.num_titles)
             for part in range(self.num_parts)
         ]
         return [*parts, "evening", *(f"item-{n:03d}" for n in range(self.seen.shape[1]))]
@@ -294,7 +299,7 @@ class _Readers:
             due = np.flatnonzero((slot == self.evening_slot + 1 + kind) & (self.evenings > 0))
             follow = np.where(self.evenings[due] == 1, 1.0, FOLLOW)[:, None]
             chances[due] *= 1 - follow
-            title = kind * NUM_TITLES + np.arange(NUM_TITLES)
+            title = kind * self.num_titles + np.arange(self.num_titles)
             part = title * self.num_parts + self.part[due, kind, None]
             chances[due[:, None], part] = follow * titles[due, kind]
         return chances
@@ -308,9 +313,9 @@ class _Readers:
         self.seen[users[everyday], choice] = True
         self.previous[users[everyday]] = choice
         reads = rows < self.evening
-        kind, title = np.divmod(rows[reads] // self.num_parts, NUM_TITLES)
+        kind, title = np.divmod(rows[reads] // self.num_parts, self.num_titles)
         self.part[users[reads], kind] += 1
-        self.titles[users[reads], kind] = np.eye(NUM_TITLES)[title]
+        self.titles[users[reads], kind] = np.eye(self.num_titles)[title]
 
 
 def _everyday_weights(random: np.random.Generator, num_items: int) -> Floats:

@@ -1,0 +1,12 @@
+"""One thread for all tests: tiny work is faster so, and much faster on a busy machine."""
+
+import os
+
+import numba
+import torch
+
+torch.set_num_threads(1)
+numba.set_num_threads(1)
+# what tests start as processes of their own
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["NUMBA_NUM_THREADS"] = "1"

@@ -1,0 +1,169 @@
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+import everlong
+from everlong.sources import demo_log, long_dependency
+
+ARCHITECTURE = {"dim": 8, "channels": 8, "layers": 1}
+TRAINING = {"epochs": 2, "batch_events": 512, "precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def frame() -> pl.DataFrame:
+    return demo_log(0, num_users=30).frame
+
+
+def fit(frame: pl.DataFrame, **changes: object) -> everlong.Recommender:
+    settings = {"architecture": ARCHITECTURE, "training": TRAINING, "protocol": "paper"}
+    return everlong.fit(frame, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_the_same_seed_gives_the_same_bits(frame: pl.DataFrame) -> None:
+    one, two = fit(frame), fit(frame)
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    other = fit(frame, training={**TRAINING, "seed": 1})
+    assert not torch.equal(
+        next(one.model.parameters()).detach(), next(other.model.parameters()).detach()
+    )
+
+
+def test_the_caller_keeps_its_random_numbers(frame: pl.DataFrame) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    fit(frame)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_results_carry_what_they_came_from(frame: pl.DataFrame) -> None:
+    origin = fit(frame).origin
+    for part in ("validation", "test"):
+        result = origin.metrics[part]
+        assert result["users"] == 30
+        assert result["protocol"]["name"] == "paper"
+        assert set(result["versions"]) >= {"everlong", "torch", "python"}
+        assert result["hardware"]["processor"]
+        assert result["best_epoch"] in (1, 2)
+    assert origin.data["events"] == frame.height
+    assert origin.data["fingerprint"] == everlong.read_events(frame).fingerprint
+
+
+def test_the_protocol_follows_from_the_times(frame: pl.DataFrame) -> None:
+    assert (
+        fit(frame, protocol=None, model="popularity", architecture={}).origin.protocol.name
+        == "temporal"
+    )
+    places = frame.with_columns(timestamp=pl.int_range(pl.len()).over("user_id"))
+    found = fit(places, protocol=None, model="popularity", architecture={})
+    assert found.origin.protocol.name == "paper"
+    assert found.origin.time_unit == "position"
+    # positions go on in an update
+    report = found.update(
+        pl.DataFrame({"user_id": [0], "item_id": ["evening"], "timestamp": [999]})
+    )
+    assert (report.events, report.late) == (1, 0)
+
+
+def test_items_after_the_cut_are_in_no_catalogue(frame: pl.DataFrame) -> None:
+    late = pl.DataFrame(
+        {
+            "user_id": [0] * 5,
+            "item_id": ["brand-new"] * 5,
+            "timestamp": [2_000_000_000 + n for n in range(5)],
+        }
+    )
+    log = pl.concat([frame.select("user_id", "item_id", "timestamp"), late])
+    found = fit(log, protocol="temporal", model="markov", architecture={})
+    assert found.item_ids.rows(["brand-new"]).tolist() == [-1]
+    assert found.origin.metrics["test"]["split"]["unknown_item_test_targets"] >= 5
+
+
+def test_a_log_too_short_to_hold_out_still_gives_a_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    one = pl.DataFrame({"user_id": ["a"], "item_id": ["x"], "timestamp": [1_700_000_000]})
+    with caplog.at_level(logging.WARNING):
+        found = fit(one)
+    assert "quality is not measured" in caplog.text
+    assert found.origin.metrics == {}
+    assert found.recommend(["a"], filter_seen=False)["item_id"].to_list() == ["x"]
+    assert found.recommend(["a"]).height == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "lur"}, "unknown model 'lur': did you mean 'lru'"),
+        ({"protocol": "papre"}, "unknown protocol 'papre'"),
+        ({"architecture": {"dmi": 3}}, "unknown setting 'dmi' of LRUConfig: did you mean 'dim'"),
+        ({"architecture": {"dim": "wide"}}, "LRUConfig: dim: "),
+        ({"architecture": {"num_items": 3}}, "num_items follows from the log"),
+        ({"training": {"epoch": 3}}, "did you mean 'epochs'"),
+        ({"training": {"monitor": "NDCG@11"}}, "monitor"),
+    ],
+)
+def test_mistakes_are_named(frame: pl.DataFrame, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(frame, **changes)
+
+
+def test_an_empty_log_is_named(frame: pl.DataFrame) -> None:
+    with pytest.raises(ValueError, match="no events"):
+        fit(frame.head(0))
+
+
+def test_an_interrupted_fit_resumes_to_the_same_bits(
+    frame: pl.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(frame, folder=tmp_path / "whole")
+
+    # Ctrl-C in the middle of the second epoch
+    real, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def press(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", press)
+        with pytest.raises(everlong.Interrupted, match="stopped at epoch 2, batch"):
+            fit(frame, folder=tmp_path / "cut")
+    again = fit(frame, folder=tmp_path / "cut", resume=True)
+    for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    assert [r["NDCG@10"] for r in lines[0]] == [r["NDCG@10"] for r in lines[1]]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(frame: pl.DataFrame, tmp_path: Path) -> None:
+    fit(frame, folder=tmp_path)
+    with pytest.raises(ValueError, match="belongs to another run: config"):
+        fit(frame, folder=tmp_path, resume=True, training={**TRAINING, "lr": 0.5})
+
+
+def test_sampled_softmax_and_long_histories_learn(tmp_path: Path) -> None:
+    # histories longer than a batch: the state is carried from one to the next
+    log = long_dependency(6, distances=(100,), num_fillers=10, num_cues=4)
+    found = fit(
+        log.frame,
+        training={**TRAINING, "batch_events": 64, "loss": "sampled", "negatives": 8, "lr": 0.01},
+        folder=tmp_path,
+    )
+    first, second = (
+        json.loads(line)["loss"] for line in (tmp_path / "train.jsonl").read_text().splitlines()
+    )
+    assert second < first
+    assert found.recommend([0], k=3, filter_seen=False).height == 3
