@@ -1,6 +1,6 @@
 """Evaluation of all users of ML-1M's shape over the full catalogue: seconds after encoding.
 
-    python benchmarks/evaluation.py
+python benchmarks/evaluation.py
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import json
 import time
 
 import torch
-from record import write_result
-from training import log_like_ml1m
 
 from everlong.encode import encode_histories
 from everlong.evaluate import evaluate
 from everlong.models.lru import LRU, LRUConfig
 from everlong.split import PAPER, split
+from record import write_result
+from training import log_like_ml1m
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""LRURec as published, for comparison: padded rows, complex numbers, recursive doubling, all logits.
+"""LRURec as published, to compare: padded rows, complex numbers, recursive doubling, all logits.
 
 Written from the equations of arXiv 2310.02367 and a description of the published code's behaviour.
 It reads the parameters of an ``everlong`` LRU, so that both compute the same loss.
@@ -22,7 +22,9 @@ class PublishedLRU(nn.Module):
     def __init__(self, model: LRU) -> None:
         super().__init__()
         config = model.config
-        self.embedding = nn.Parameter(torch.cat([model.start.detach()[None], model.items.weight.detach()]))
+        self.embedding = nn.Parameter(
+            torch.cat([model.start.detach()[None], model.items.weight.detach()])
+        )
         self.bias = nn.Parameter(model.item_bias.detach().clone())
         self.norm = nn.LayerNorm(config.dim)
         self.norm.load_state_dict(model.norm.state_dict())

@@ -3,8 +3,8 @@
     python benchmarks/quality.py run ml-1m paper lru --seed 0
     python benchmarks/quality.py all            # every run that has no result yet
 
-The logs are read from ``../shared/data`` beside the repository, or from ``--data-dir``; they are not
-part of the project. Settings were chosen on validation; ``search`` records how. Each run writes
+The logs are read from ``../shared/data`` beside the repository, or from ``--data-dir``; they are
+not part of the project. Settings were chosen on validation; ``search`` records how. Each run writes
 ``results/quality/<data>-<protocol>-<model>-<seed>.json``.
 """
 

@@ -1,12 +1,11 @@
 """Reading and indexing 10 million events from Parquet: seconds and peak memory.
 
-    python benchmarks/reading.py
+python benchmarks/reading.py
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -17,9 +16,9 @@ from typing import Annotated
 import numpy as np
 import polars as pl
 import typer
-from record import write_result
 
 from everlong.index import open_events
+from record import peak_mib, write_result
 
 EVENTS, USERS, ITEMS = 10_000_000, 500_000, 100_000
 
@@ -47,11 +46,13 @@ def main(
 
 def write_log(path: Path) -> None:
     random = np.random.default_rng(0)
-    pl.DataFrame({
-        "user_id": random.integers(0, USERS, EVENTS),
-        "item_id": random.integers(0, ITEMS, EVENTS),
-        "timestamp": 1_600_000_000 + random.integers(0, 10**8, EVENTS),
-    }).write_parquet(path)
+    pl.DataFrame(
+        {
+            "user_id": random.integers(0, USERS, EVENTS),
+            "item_id": random.integers(0, ITEMS, EVENTS),
+            "timestamp": 1_600_000_000 + random.integers(0, 10**8, EVENTS),
+        }
+    ).write_parquet(path)
 
 
 def measure(path: Path) -> dict[str, float | int]:
@@ -68,7 +69,7 @@ def measure(path: Path) -> dict[str, float | int]:
         "items": again.num_items,
         "seconds_to_read_and_index": round(first, 2),
         "seconds_to_open_the_index": round(second, 3),
-        "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_memory_mib": round(peak_mib()),
     }
 
 

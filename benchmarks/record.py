@@ -19,3 +19,14 @@ def write_result(name: str, figures: Mapping[str, Any]) -> Path:
     record = {"benchmark": name, "versions": versions(), "hardware": hardware(), **figures}
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def peak_mib() -> float:
+    """Peak resident memory of this process since it began its program (Linux).
+
+    ``getrusage`` would count the memory of the parent process at the time of the fork.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    raise OSError("no VmHWM in /proc/self/status: peak memory can be read on Linux only")

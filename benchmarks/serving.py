@@ -17,7 +17,6 @@ import numba
 import numpy as np
 import polars as pl
 import torch
-from record import write_result
 
 from everlong.batch import Batch
 from everlong.encode import serving
@@ -27,6 +26,7 @@ from everlong.models.lru import LRU, LRUConfig
 from everlong.recommender import read_into
 from everlong.state import bytes_per_user
 from everlong.users import UserTable
+from record import write_result
 
 ITEMS = 3_416
 REPEATS = 400
@@ -93,10 +93,12 @@ def table_after(model: LRU, length: int, users: int) -> UserTable:
     ids = IdMap(pl.Series(range(ITEMS)))
     # a few users' histories, read once and copied to the others: states are what matters here
     few = 8
-    frame = pl.DataFrame({
-        "user_id": np.repeat(np.arange(few), length),
-        "item_id": random.integers(0, ITEMS, few * length),
-    })
+    frame = pl.DataFrame(
+        {
+            "user_id": np.repeat(np.arange(few), length),
+            "item_id": random.integers(0, ITEMS, few * length),
+        }
+    )
     events = read_events(frame, timestamp=None)
     known = events.__class__(
         items=ids.rows(events.item_ids.ids(events.items)).astype(np.int32),

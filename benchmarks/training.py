@@ -4,14 +4,13 @@
     python benchmarks/training.py --rounds 9
 
 Each round trains both on the same 1,280 windows (about 155,000 labelled events): the published
-algorithm on padded batches of 128 rows with complex recursive doubling and full logits, ``everlong``
-through its own training loop. Ratios are taken round by round, since the speed of machines drifts.
+algorithm on padded batches of 128 rows with complex recursive doubling and full logits,
+``everlong`` through its own training loop. Ratios are taken round by round, since the speed of machines drifts.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,8 +22,6 @@ import numpy as np
 import polars as pl
 import torch
 import typer
-from published_lru import PublishedLRU
-from record import write_result
 from torch import Tensor
 
 from everlong.dataset import Dataset
@@ -33,6 +30,8 @@ from everlong.losses import full_softmax
 from everlong.models.lru import LRU, LRUConfig
 from everlong.split import PAPER, Segments, Split, split
 from everlong.train import TrainConfig, train
+from published_lru import PublishedLRU
+from record import peak_mib, write_result
 
 ROWS = 128
 BATCHES = 10
@@ -48,7 +47,7 @@ def main(
     parts = split(log_like_ml1m(), PAPER)
     if memory_of:
         run_form(memory_of, parts, chosen(parts, 0), torch.Generator().manual_seed(0))
-        print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print(json.dumps({"peak_mib": peak_mib()}))
         return
     losses = compare_losses(parts)
     print("loss of the same parameters on the same windows:", losses)
@@ -73,10 +72,12 @@ def log_like_ml1m() -> Events:
         return read_events(LOG, timestamp="order")
     random = np.random.default_rng(0)
     lengths = np.clip(np.exp(random.normal(4.6, 0.98, 6_040)), 18, 2_277).astype(int)
-    frame = pl.DataFrame({
-        "user_id": np.repeat(np.arange(6_040), lengths),
-        "item_id": random.integers(0, 3_416, lengths.sum()),
-    })
+    frame = pl.DataFrame(
+        {
+            "user_id": np.repeat(np.arange(6_040), lengths),
+            "item_id": random.integers(0, 3_416, lengths.sum()),
+        }
+    )
     return read_events(frame, timestamp=None)
 
 
@@ -118,7 +119,7 @@ def run_published(model: PublishedLRU, parts: Split, windows: Segments) -> float
 
 
 def padded(parts: Split, windows: Segments, rows: slice) -> tuple[Tensor, Tensor]:
-    """Rows of 200 inputs and labels, items from 1, zeros on the left (lru.py of the paper's code)."""
+    """Rows of 200 inputs and labels, items from 1, zeros on the left (the published layout)."""
     length = PAPER.window or 200
     inputs, targets = np.zeros((2, len(windows.start[rows]), length), dtype=np.int64)
     for row, (begin, stop, first) in enumerate(
@@ -139,7 +140,7 @@ def compare_losses(parts: Split) -> dict[str, float]:
     train(model, Dataset(parts.events, chosen(parts, 1)), TrainConfig(epochs=2, lr=3e-3))
     model.train()
     items, targets = padded(parts, windows, slice(0, ROWS))
-    found = {"published": float(PublishedLRU(model).loss(items, targets))}
+    found = {"published": PublishedLRU(model).loss(items, targets).item()}
     batch = next(Dataset(parts.events, windows).batches(1 << 20, seed=0, epoch=0))
     answers = batch.events.items[batch.labels]
     for form, name in PRECISIONS.items():
@@ -166,6 +167,7 @@ def summary(
         "shape": "ml-1m, paper protocol, window 200" if LOG.is_file() else "random, ml-1m lengths",
         "labelled_events_per_second": {k: sorted(v)[len(v) // 2] for k, v in rates.items()},
         "rounds": rates,
+        "allocator": "glibc malloc with its default settings, for all forms",
         "peak_memory_mib": memory,
         "loss": losses,
         "loss_difference": {k: abs(losses[k] - losses["published"]) for k in PRECISIONS},

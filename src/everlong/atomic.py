@@ -43,7 +43,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     path = path.absolute()
     if path.exists() and not path.is_dir():
-        raise ValueError(f"expected a folder or a free name at {path}, found a file; choose another")
+        raise ValueError(
+            f"expected a folder or a free name at {path}, found a file; choose another"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o777 & ~_umask())

@@ -73,23 +73,24 @@ DEMO = Demo(
     ours=Contender(
         label="lru (whole history)",
         model="lru",
-        # what matters here is 30 events back: slow decays, and no noise in the memory
+        # what matters here is a whole cycle back: slow decays, and little noise in the memory
         architecture=MappingProxyType(
             {
-                "min_radius": 0.95,
-                "max_radius": 0.9995,
-                "dropout": 0.0,
-                "recurrence_dropout": 0.0,
+                "min_radius": 0.9,
+                "max_radius": 0.999,
+                "dropout": 0.05,
+                "recurrence_dropout": 0.05,
             }
         ),
         training=MappingProxyType(
             {
-                "epochs": 30,
-                "batch_events": 4096,
-                "lr": 0.004,
+                "epochs": 20,
+                "batch_events": 2048,
+                "lr": 0.005,
                 "schedule": "cosine",
                 "warmup": 0.05,
-                "validate_every": 5,
+                "weight_decay": 0.0,
+                "validate_every": 4,
             }
         ),
     ),
@@ -101,11 +102,11 @@ DEMO = Demo(
             architecture=MappingProxyType({"window": 20}),
             training=MappingProxyType(
                 {
-                    "epochs": 10,
+                    "epochs": 8,
                     "batch_events": 4096,
                     "lr": 0.003,
                     "schedule": "cosine",
-                    "validate_every": 5,
+                    "validate_every": 4,
                 }
             ),
         ),

@@ -100,9 +100,7 @@ class UserModel(nn.Module):
             return torch.addmm(bias.to(user.dtype), user, weight.to(user.dtype).T)
         return torch.einsum("bd,bcd->bc", user, weight[items]) + bias[items]
 
-    def score(
-        self, state: State, items: Tensor | None = None, at: Tensor | None = None
-    ) -> Tensor:
+    def score(self, state: State, items: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Scores of items for users, from their states alone.
 
         Args:

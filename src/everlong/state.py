@@ -72,9 +72,7 @@ def check_same(expected: State, received: State) -> None:
         )
     for name, a, b in zip(field_names(expected), expected, received, strict=True):
         if a.shape[0] != b.shape[0]:
-            raise ValueError(
-                f"field {name!r}: expected {a.shape[0]} users, received {b.shape[0]}"
-            )
+            raise ValueError(f"field {name!r}: expected {a.shape[0]} users, received {b.shape[0]}")
 
 
 def take(state: S, rows: Tensor) -> S:

@@ -56,11 +56,11 @@ class TrainConfig(Settings):
         seed: of dropout, order of histories and negatives.
     """
 
-    epochs: int = 100
-    batch_events: int = 16_384
-    lr: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: float = 0.0
+    epochs: int = 40
+    batch_events: int = 4_096
+    lr: float = 4e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: float = 0.03
     weight_decay: float = 0.01
     decay_recurrence: bool = False
     clip: float = 5.0
@@ -176,13 +176,15 @@ class _Run:
                     self._stop_for_interrupt()
         seconds = time.perf_counter() - began
         self.position.epoch, self.position.batch, self.carried = epoch + 1, 0, None
-        self._close_epoch({
-            "epoch": epoch + 1,
-            "loss": total / max(labels, 1),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "seconds": round(seconds, 3),
-            "events_per_second": round(labels / max(seconds, 1e-9)),
-        })
+        self._close_epoch(
+            {
+                "epoch": epoch + 1,
+                "loss": total / max(labels, 1),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": round(seconds, 3),
+                "events_per_second": round(labels / max(seconds, 1e-9)),
+            }
+        )
 
     def _update(self, batch: TrainBatch) -> tuple[float, int]:
         number = int(batch.labels.sum())
@@ -214,9 +216,7 @@ class _Run:
 
     def _batches(self, epoch: int, start: int) -> Iterator[TrainBatch]:
         config = self.config
-        return self.dataset.batches(
-            config.batch_events, seed=config.seed, epoch=epoch, start=start
-        )
+        return self.dataset.batches(config.batch_events, seed=config.seed, epoch=epoch, start=start)
 
     def _set_rate(self, epochs: float) -> None:
         rate = self.config.lr * rate_share(epochs / self.config.epochs, self.config)
@@ -260,9 +260,9 @@ class _Run:
         like = self.model.initial_state(1)
         saved = Checkpoint.read(self.folder, run=self._identity(), state_like=like)
         self.model.load_state_dict(saved.model)
-        self.optimizer.load_state_dict(saved.optimizer)
+        self.optimizer.load_state_dict(dict(saved.optimizer))
         torch.set_rng_state(saved.random)
-        self.position, self.history, self.best = saved.position, saved.history, saved.best
+        self.position, self.history, self.best = saved.position, saved.history, dict(saved.best)
         self.carried = saved.carried
         log.info("resumed at epoch %d, batch %d", self.position.epoch + 1, self.position.batch)
 
@@ -328,13 +328,17 @@ class _NextItemLoss:
         self.dtype = narrow if difference <= 1e-2 else torch.float32
         log.info(
             "first loss %.4f in %s, %.4f in float32: training in %s",
-            losses[narrow], narrow, losses[torch.float32], self.dtype,
+            losses[narrow],
+            narrow,
+            losses[torch.float32],
+            self.dtype,
         )
 
 
 def parameter_groups(model: UserModel, config: TrainConfig) -> list[dict[str, Any]]:
     """Parameters with and without weight decay, for AdamW."""
-    decayed, free = [], []
+    decayed: list[Tensor] = []
+    free: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

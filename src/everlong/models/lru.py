@@ -117,6 +117,7 @@ class LRU(UserModel):
         """Reads one event of each user: ``2 L (4 D H + 4 D^2)`` multiply-adds, no scan."""
         values, finals = self._enter(self.items(events.items)), []
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             values, final = block.step(values, state.hidden[:, layer])
             finals.append(final)
         return LRUState(torch.stack(finals, dim=1), values)

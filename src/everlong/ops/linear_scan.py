@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from everlong.ops.layout import pad_left, unpad_left
 
 PARALLEL_NUMBERS = 1 << 17
-"""Below so many numbers (512 events at H = 128) waking the other threads costs more than it saves."""
+"""Below so many numbers (512 events at H = 128) waking other threads costs more than it saves."""
 
 
 def linear_scan(
