@@ -5,7 +5,8 @@
 
 Each round trains both on the same 1,280 windows (about 155,000 labelled events): the published
 algorithm on padded batches of 128 rows with complex recursive doubling and full logits,
-``everlong`` through its own training loop. Ratios are taken round by round, since the speed of machines drifts.
+``everlong`` through its own training loop. Ratios are taken round by round, since the speed of
+machines drifts.
 """
 
 from __future__ import annotations

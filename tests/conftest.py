@@ -7,6 +7,5 @@ import torch
 
 torch.set_num_threads(1)
 numba.set_num_threads(1)
-# what tests start as processes of their own
+# what tests start as processes of their own; numba refuses a change of its variable
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["NUMBA_NUM_THREADS"] = "1"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ LOG = "train.jsonl"
 
 @dataclass
 class Position:
-    """Where a run stands: whole epochs done, batches done in this one, and the best so far."""
+    """Where a run stands: whole epochs done, what is done of this one, and the best so far."""
 
     epoch: int = 0
     batch: int = 0
+    labels: int = 0
+    loss_sum: float = 0.0
     waited: int = 0
     best_epoch: int = 0
     best_score: float = -math.inf
@@ -43,6 +45,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     random: Tensor
     carried: State | None
+    precision: str
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -68,6 +71,7 @@ class Checkpoint:
             "position": asdict(self.position),
             "history": self.history,
             "groups": self.optimizer["param_groups"],
+            "precision": self.precision,
         }
         cloned = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,38 +96,61 @@ class Checkpoint:
             with safe_open(str(path), framework="pt") as file:
                 facts = json.loads(file.metadata()["facts"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            saved = Checkpoint(
+                run=facts["run"],
+                position=Position(**facts["position"]),
+                history=facts["history"],
+                model=_below(tensors, "model/"),
+                best=_below(tensors, "best/"),
+                optimizer={"state": _slots(tensors), "param_groups": facts["groups"]},
+                random=tensors["random"],
+                carried=None,
+                precision=facts["precision"],
+            )
         except Exception as error:
             raise ValueError(
-                f"{path} is not a readable checkpoint ({error}); remove it to train from the start"
+                f"{path} is not a readable checkpoint ({type(error).__name__}: {error}); "
+                "remove it to train from the start"
             ) from error
-        _check_run(path, run, facts["run"])
-        carried = None
-        names = [f"carried/{name}" for name in field_names(state_like)]
-        if names[0] in tensors:
-            carried = type(state_like)(*(tensors[name] for name in names))
-            check_same(state_like, carried)
-        return Checkpoint(
-            run=facts["run"],
-            position=Position(**facts["position"]),
-            history=facts["history"],
-            model=_below(tensors, "model/"),
-            best=_below(tensors, "best/"),
-            optimizer={"state": _slots(tensors), "param_groups": facts["groups"]},
-            random=tensors["random"],
-            carried=carried,
-        )
+        _check_run(path, run, saved.run)
+        return replace(saved, carried=_carried(tensors, state_like))
 
 
 def _check_run(path: Path, expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
     # through JSON, so that tuples and lists compare equal
     wanted = json.loads(json.dumps(dict(expected)))
-    different = [key for key in wanted if wanted[key] != received.get(key)]
+    different = _first_difference("", wanted, dict(received))
     if different:
-        key = different[0]
         raise ValueError(
-            f"{path} belongs to another run: {key} is {received.get(key)}, expected {wanted[key]}; "
+            f"{path} belongs to another run: {different}; "
             "train with the same settings and data, or into another folder"
         )
+
+
+def _first_difference(name: str, expected: Any, received: Any) -> str:
+    """What differs first between two nests of dictionaries, in words, or nothing."""
+    if isinstance(expected, dict) and isinstance(received, dict):
+        for key in {**expected, **received}:
+            below = f"{name}.{key}" if name else key
+            found = _first_difference(below, expected.get(key), received.get(key))
+            if found:
+                return found
+        return ""
+    return "" if expected == received else f"{name} is {received!r}, expected {expected!r}"
+
+
+def _carried(tensors: Mapping[str, Tensor], like: State) -> State | None:
+    found = _below(tensors, "carried/")
+    if not found:
+        return None
+    if found.keys() != set(field_names(like)):
+        raise ValueError(
+            f"the checkpoint carries a state with fields {sorted(found)}, expected "
+            f"{field_names(like)}; it belongs to another model: remove it to train from the start"
+        )
+    carried = type(like)(*(found[name] for name in field_names(like)))
+    check_same(like, carried)
+    return carried
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

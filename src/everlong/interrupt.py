@@ -39,4 +39,5 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, previous)
+        # None: the handler was not set from Python, and cannot be set again from here
+        signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from everlong.model import ItemHead
 
@@ -37,7 +38,7 @@ def full_softmax(
         targets: ``[N]`` int64.
         dtype: of the products, for example bfloat16; default that of ``vectors``. Sums over
             chunks are kept in float32 or better.
-        chunk_bytes: bound on the scores that exist at one time.
+        chunk_bytes: bound on the scores that exist at one time, but for at least 16 rows.
 
     Raises:
         ValueError: if there is no event, or a target outside the catalogue.
@@ -45,7 +46,7 @@ def full_softmax(
     _check(vectors, head, targets)
     dtype = dtype or vectors.dtype
     rows = max(16, chunk_bytes // (head.bias.numel() * dtype.itemsize))
-    loss: Tensor = _FullSoftmax.apply(vectors, head.weight, head.bias, targets, dtype, rows)
+    loss: Tensor = _FullSoftmax.apply(vectors, head.weight, head.bias, targets, dtype, rows)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -92,7 +93,7 @@ class NegativeSampler:
         """A fresh set, from torch's generator or the one given."""
         uniform = torch.rand(self.number, dtype=torch.float64, generator=generator)
         drawn = torch.searchsorted(self._cumulative, uniform.to(self._cumulative.device))
-        items = drawn.clamp(max=self._cumulative.numel() - 1).unique()
+        items = drawn.clamp(max=self._cumulative.numel() - 1).unique()  # type: ignore[no-untyped-call]
         return Negatives(items, self._log_expected[items], self._log_expected)
 
 
@@ -124,8 +125,12 @@ def sampled_softmax(
     # where each target stands among the negatives, -1 where it is not one of them
     place = torch.searchsorted(items, targets).clamp(max=items.numel() - 1)
     hits = torch.where(items[place] == targets, place, -1)
-    rows = max(16, chunk_bytes // (items.numel() * dtype.itemsize))
-    others: Tensor = _LogSumExp.apply(vectors, columns, column_bias, hits, dtype, rows)
+    # columns that count for nothing, so that products come in few shapes
+    extra = _even(items.numel()) - items.numel()
+    columns = torch.nn.functional.pad(columns, (0, 0, 0, extra))
+    column_bias = torch.nn.functional.pad(column_bias, (0, extra), value=-torch.inf)
+    rows = max(16, chunk_bytes // (column_bias.numel() * dtype.itemsize))
+    others: Tensor = _LogSumExp.apply(vectors, columns, column_bias, hits, dtype, rows)  # type: ignore[no-untyped-call]
     return (torch.logaddexp(answers, others) - answers).mean()
 
 
@@ -160,16 +165,19 @@ class _FullSoftmax(torch.autograd.Function):
         grads = _Grads.like(vectors, weight, bias, wide) if any(ctx.needs_input_grad[:3]) else None
         table, offset = weight.to(dtype), bias.to(dtype)
         # one buffer for all chunks: fresh pages for each would cost as much as a product
-        buffer = vectors.new_empty(min(rows, vectors.shape[0]), bias.numel(), dtype=dtype)
+        buffer = vectors.new_empty(min(rows, _even(vectors.shape[0])), bias.numel(), dtype=dtype)
         for start in range(0, vectors.shape[0], rows):
-            part, target = vectors[start : start + rows].to(dtype), targets[start : start + rows]
-            scores = torch.addmm(offset, part, table.T, out=buffer[: target.numel()])
+            target = targets[start : start + rows]
+            number = target.numel()
+            part = _even_rows(vectors[start : start + rows].to(dtype), rows)
+            scores = torch.addmm(offset, part, table.T, out=buffer[: part.shape[0]])
             chance = torch.softmax(scores, dim=1, out=scores)
-            answers = chance.gather(1, target.unsqueeze(1)).squeeze(1)
+            answers = chance[:number].gather(1, target.unsqueeze(1)).squeeze(1)
             total += _losses(answers, part, table, offset, target, wide).double().sum()
             if grads is not None:
-                chance[torch.arange(target.numel(), device=target.device), target] -= 1.0
-                grads.add(start, part, table, chance)
+                chance[torch.arange(number, device=target.device), target] -= 1.0
+                chance[number:] = 0.0
+                grads.add(slice(start, start + number), part, table, chance)
         count = vectors.shape[0]
         if grads is not None:
             ctx.save_for_backward(*(g.div_(count) for g in grads))
@@ -177,6 +185,7 @@ class _FullSoftmax(torch.autograd.Function):
         return (total / count).to(wide)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_vectors, d_weight, d_bias = (outputs[0] * g for g in ctx.saved_tensors)
         return d_vectors.to(ctx.vector_dtype), d_weight, d_bias, None, None, None
@@ -192,8 +201,8 @@ def _losses(
 ) -> Tensor:
     """``[n]`` negative log likelihoods from the chances of the targets."""
     losses = -answers.to(wide).log()
-    # a chance that rounded to zero says nothing: those few rows go the long way
-    lost = losses.isinf().nonzero().squeeze(1)
+    # a chance too small for its type says little or nothing: those few rows go the long way
+    lost = (answers < torch.finfo(answers.dtype).tiny).nonzero().squeeze(1)
     if lost.numel():
         rows = torch.addmm(offset, part[lost], table.T).to(wide)
         losses[lost] = rows.logsumexp(1) - rows.gather(1, target[lost].unsqueeze(1)).squeeze(1)
@@ -215,8 +224,9 @@ class _Grads(NamedTuple):
             torch.zeros_like(bias, dtype=wide),
         )
 
-    def add(self, start: int, part: Tensor, table: Tensor, d_scores: Tensor) -> None:
-        self.vectors[start : start + part.shape[0]] = d_scores @ table
+    def add(self, some: slice, part: Tensor, table: Tensor, d_scores: Tensor) -> None:
+        """Adds a chunk, whose rows beyond those of ``some`` are filled up and must be zero."""
+        self.vectors[some] = (d_scores @ table)[: some.stop - some.start]
         self.weight.add_(d_scores.T @ part)
         # a product with ones: a sum in a wider type would first copy the whole chunk
         self.bias.add_(d_scores.T @ part.new_ones(part.shape[0]))
@@ -240,13 +250,15 @@ class _LogSumExp(torch.autograd.Function):
         sums = []
         for start in range(0, vectors.shape[0], rows):
             scores = _scores(vectors, table, offset, skip, start, rows)
-            sums.append(scores.to(wide).logsumexp(1))
+            number = min(rows, vectors.shape[0] - start)
+            sums.append(scores[:number].to(wide).logsumexp(1))
         result = torch.cat(sums).to(vectors.dtype)
         ctx.save_for_backward(vectors, columns, bias, skip, result)
         ctx.dtype, ctx.rows = dtype, rows
         return result
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         # the rows' weights are known only now, so the scores are computed once more
         vectors, columns, bias, skip, sums = ctx.saved_tensors
@@ -254,11 +266,15 @@ class _LogSumExp(torch.autograd.Function):
         table, offset = columns.to(dtype), bias.to(dtype)
         grads = _Grads.like(vectors, columns, bias, torch.promote_types(dtype, torch.float32))
         for start in range(0, vectors.shape[0], rows):
-            scores = _scores(vectors, table, offset, skip, start, rows)
-            some = slice(start, start + rows)
-            chance = torch.exp(scores - sums[some].unsqueeze(1).to(scores.dtype))
-            chance *= outputs[0][some].unsqueeze(1)
-            grads.add(start, vectors[some].to(dtype), table, chance.to(dtype))
+            some = slice(start, min(start + rows, vectors.shape[0]))
+            number = some.stop - start
+            chance = _scores(vectors, table, offset, skip, start, rows)
+            chance[:number] -= sums[some].unsqueeze(1).to(chance.dtype)
+            chance.exp_()
+            chance[:number] *= outputs[0][some].unsqueeze(1)
+            chance[number:] = 0.0
+            part = _even_rows(vectors[some].to(dtype), rows)
+            grads.add(some, part, table, chance)
         d_vectors, d_columns, d_bias = grads
         return d_vectors.to(vectors.dtype), d_columns.to(columns.dtype), d_bias, None, None, None
 
@@ -266,8 +282,24 @@ class _LogSumExp(torch.autograd.Function):
 def _scores(
     vectors: Tensor, table: Tensor, offset: Tensor, skip: Tensor, start: int, rows: int
 ) -> Tensor:
-    scores = torch.addmm(offset, vectors[start : start + rows].to(table.dtype), table.T)
+    part = _even_rows(vectors[start : start + rows].to(table.dtype), rows)
+    scores = torch.addmm(offset, part, table.T)
     place = skip[start : start + rows]
     hit = (place >= 0).nonzero().squeeze(1)
     scores[hit, place[hit]] = -torch.inf
     return scores
+
+
+def _even(number: int) -> int:
+    """``number`` rounded up to a multiple of 64.
+
+    The library for narrow products on CPU compiles a kernel for every shape and keeps a thousand of
+    them: products whose sizes are never the same twice took gigabytes.
+    """
+    return -(-number // 64) * 64
+
+
+def _even_rows(values: Tensor, most: int) -> Tensor:
+    """The rows, filled up with zeros to an even number of them or to ``most``."""
+    number = min(_even(values.shape[0]), most)
+    return torch.nn.functional.pad(values, (0, 0, 0, number - values.shape[0]))

@@ -98,7 +98,8 @@ class UserModel(nn.Module):
         weight, bias = self.item_head()
         if items is None:
             return torch.addmm(bias.to(user.dtype), user, weight.to(user.dtype).T)
-        return torch.einsum("bd,bcd->bc", user, weight[items]) + bias[items]
+        weight, bias = weight[items].to(user.dtype), bias[items].to(user.dtype)
+        return torch.einsum("bd,bcd->bc", user, weight) + bias
 
     def score(self, state: State, items: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Scores of items for users, from their states alone.
@@ -118,8 +119,13 @@ class CountingModel(UserModel):
     """A model that counts the training events instead of learning by gradients."""
 
     @abstractmethod
-    def observe(self, events: Batch) -> None:
-        """Adds training events to the counts; called once for every part of the log."""
+    def observe(self, events: Batch, state: State | None = None) -> None:
+        """Adds training events to the counts; called once for every part of the log.
+
+        Args:
+            events: the next part.
+            state: where each user stood before it, default ``initial_state``.
+        """
 
 
 def shift(outputs: Tensor, before: Tensor, offsets: Tensor) -> Tensor:

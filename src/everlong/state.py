@@ -97,11 +97,18 @@ def detach(state: S) -> S:
     return type(state)(*(value.detach() for value in state))
 
 
+def to_device(state: S, device: torch.device | str) -> S:
+    """The same state on another device."""
+    return type(state)(*(value.to(device) for value in state))
+
+
 def to_bytes(state: State) -> bytes:
     """A state as bytes: safetensors, with the order of the fields in the header."""
     names = field_names(state)
+    # copies, because fields may share memory and the format forbids that
     tensors = {
-        name: value.detach().cpu().contiguous() for name, value in zip(names, state, strict=True)
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in zip(names, state, strict=True)
     }
     return save_tensors(tensors, metadata={"fields": ",".join(names)})
 
@@ -128,7 +135,14 @@ def from_bytes(data: bytes, like: S) -> S:
             f"the stored state has fields {stored}, expected {names}; "
             "it belongs to another model: rebuild it from the log"
         )
+    if tensors.keys() != set(names):
+        raise ValueError(
+            f"the stored state has tensors {sorted(tensors)}, expected {sorted(names)}; "
+            "it is damaged: rebuild it from the log"
+        )
     state = type(like)(*(tensors[name] for name in names))
+    if len({value.shape[:1] for value in state}) > 1:
+        raise ValueError("the fields of the stored state differ in users: rebuild it from the log")
     if spec(state) != spec(like):
         raise ValueError(
             f"the stored state has spec {spec(state)}, expected {spec(like)}; "

@@ -6,22 +6,27 @@ it ends with the same bits on CPU as a run that was never interrupted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.nn.functional import pad
 
 from everlong import state as states
+from everlong.batch import Batch
 from everlong.checkpoint import Checkpoint, Position
-from everlong.config import Settings
+from everlong.config import Settings, unknown
 from everlong.dataset import Dataset, TrainBatch
 from everlong.interrupt import Interrupted, deferred_interrupt
 from everlong.losses import NegativeSampler, full_softmax, sampled_softmax
@@ -31,6 +36,9 @@ from everlong.state import State
 
 log = logging.getLogger(__name__)
 
+EVEN = 256
+"""Events of a piece come in multiples of this where products are narrow."""
+
 Validate = Callable[[UserModel], dict[str, float]]
 
 
@@ -39,7 +47,10 @@ class TrainConfig(Settings):
 
     Attributes:
         epochs: passes over the training events, at most.
-        batch_events: events an update reads (whole histories are packed up to this budget).
+        batch_events: events of an update (whole histories are packed up to this budget).
+        piece_events: events read at once. The gradients of an update's pieces are added up, so
+            that activations take the memory of one piece. A history longer than a piece goes on
+            in the next one from its carried state; gradients stop at the border.
         lr, schedule, warmup: AdamW's rate; constant, or falling to zero along a half cosine over
             ``epochs``; rising linearly over the first ``warmup`` share of them.
         weight_decay: of AdamW, on matrices only; never on biases and norms.
@@ -56,22 +67,33 @@ class TrainConfig(Settings):
         seed: of dropout, order of histories and negatives.
     """
 
-    epochs: int = 40
-    batch_events: int = 4_096
-    lr: float = 4e-3
+    epochs: PositiveInt = 40
+    batch_events: PositiveInt = 4_096
+    piece_events: PositiveInt = 4_096
+    lr: PositiveFloat = 4e-3
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup: float = 0.03
-    weight_decay: float = 0.01
+    warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: NonNegativeFloat = 0.01
     decay_recurrence: bool = False
-    clip: float = 5.0
+    clip: PositiveFloat = 5.0
     loss: Literal["auto", "full", "sampled"] = "auto"
-    full_softmax_limit: int = 50_000
-    negatives: int = 4_096
+    full_softmax_limit: NonNegativeInt = 50_000
+    negatives: PositiveInt = 4_096
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     monitor: str = "NDCG@10"
-    patience: int = 10
-    validate_every: int = 1
+    patience: PositiveInt = 10
+    validate_every: PositiveInt = 1
     seed: int = 0
+
+    @property
+    def piece_budget(self) -> int:
+        """Most events read at once."""
+        return min(self.piece_events, self.batch_events)
+
+    @property
+    def pieces_per_update(self) -> int:
+        """Pieces whose gradients make one update."""
+        return max(1, round(self.batch_events / self.piece_budget))
 
 
 @dataclass
@@ -112,14 +134,56 @@ def train(
     if dataset.num_labels == 0:
         raise ValueError("training needs events: the training part of the log is empty")
     model.to(device)
-    if isinstance(model, CountingModel):
-        for batch in dataset.batches(config.batch_events, seed=config.seed, epoch=0):
-            model.observe(batch.events.to(device))
-        return TrainResult(best_epoch=0, best_score=math.nan, epochs=1)
     place = torch.device(device)
+    if isinstance(model, CountingModel):
+        return _count(model, dataset, config, place)
     # the caller's random numbers go on as if nothing had been drawn
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         return _Run(model, dataset, config, validate, folder, place).run(resume)
+
+
+def _count(
+    model: CountingModel, dataset: Dataset, config: TrainConfig, device: torch.device
+) -> TrainResult:
+    """Shows the model every event once, in batches that go on where a history was cut."""
+    model.eval()
+    carried: State | None = None
+    for batch in dataset.batches(config.batch_events, seed=config.seed, epoch=0):
+        events = batch.events.to(device)
+        state = _first_states(model, batch, carried)
+        model.observe(events, state)
+        carried = _state_of(model.encode(events, state)[1], batch.events.num_users - 1)
+    return TrainResult(best_epoch=0, best_score=math.nan, epochs=1)
+
+
+def _first_states(model: UserModel, batch: TrainBatch, carried: State | None) -> State | None:
+    """Fresh states, but for a first row that continues a history longer than a batch."""
+    if not batch.carried or carried is None:
+        return None
+    fresh = model.initial_state(batch.events.num_users)
+    return states.put(fresh, torch.tensor([0], device=carried[0].device), carried)
+
+
+def _state_of(final: State, row: int) -> State:
+    """The state of one row of a batch, without what led to it."""
+    return states.take(states.detach(final), torch.tensor([row], device=final[0].device))
+
+
+def _filled_up(piece: TrainBatch) -> TrainBatch:
+    """The piece with one more history, unlabelled, that fills it to a multiple of ``EVEN`` events.
+
+    The library for narrow products on CPU compiles a kernel for every shape and keeps a thousand of
+    them: pieces that are never of one size twice took gigabytes.
+    """
+    events = piece.events
+    extra = -events.num_events % EVEN
+    filled = Batch(
+        items=pad(events.items, (0, extra)),
+        times=pad(events.times, (0, extra)),
+        offsets=torch.cat([events.offsets, events.offsets[-1:] + extra]),
+        fields={name: pad(values, (0, extra)) for name, values in events.fields.items()},
+    )
+    return replace(piece, events=filled, labels=pad(piece.labels, (0, extra)))
 
 
 class _Run:
@@ -141,19 +205,25 @@ class _Run:
         )
         self.loss = _NextItemLoss(model, dataset, config, device)
         self.position = Position()
+        self.data = _data_facts(dataset)
         self.carried: State | None = None
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
 
     def run(self, resume: bool) -> TrainResult:
         torch.manual_seed(self.config.seed)
+        # gradients that somebody left behind must not count
+        self.model.zero_grad(set_to_none=True)
         if resume:
             self._resume()
         if self.position.epoch == 0 and self.position.batch == 0:
-            self.loss.check(next(self._batches(0, 0)))
+            self.loss.check(next(self._pieces(0, 0)))
         with deferred_interrupt() as interrupt:
             while self.position.epoch < self.config.epochs and not self._stale():
                 self._epoch(interrupt)
+                # pressed while the model was validated
+                if interrupt():
+                    self._stop_for_interrupt()
         if self.best:
             self.model.load_state_dict(self.best)
         self.model.eval()
@@ -161,67 +231,85 @@ class _Run:
         return TrainResult(position.best_epoch, position.best_score, position.epoch, self.history)
 
     def _epoch(self, interrupt: Callable[[], bool]) -> None:
-        epoch, config = self.position.epoch, self.config
-        count = self.dataset.num_batches(config.batch_events, seed=config.seed, epoch=epoch)
-        total, labels, began = 0.0, 0, time.perf_counter()
+        position, before = self.position, self.position.labels
+        epoch, per_update = position.epoch, self.config.pieces_per_update
+        count = self._num_pieces(epoch)
+        began, pending = time.perf_counter(), 0
         self.model.train()
-        with Progress(f"epoch {epoch + 1}", self.dataset.num_labels, "events") as progress:
-            for batch in self._batches(epoch, self.position.batch):
-                self._set_rate(epoch + self.position.batch / count)
-                loss, number = self._update(batch)
-                total, labels = total + loss * number, labels + number
-                self.position.batch += 1
+        left = self.dataset.num_labels - before
+        with Progress(f"epoch {epoch + 1}", left, "events") as progress:
+            for piece in self._pieces(epoch, position.batch):
+                loss, number = self._accumulate(piece)
+                position.loss_sum += loss
+                position.labels += number
+                position.batch += 1
+                pending += number
                 progress.advance(number)
-                if interrupt():
-                    self._stop_for_interrupt()
+                if position.batch % per_update == 0 or position.batch == count:
+                    # the rate of where the update began: at its end the last would have none
+                    first = (position.batch - 1) // per_update * per_update
+                    self._update(pending, epoch + first / count)
+                    pending = 0
+                    # only here: between the pieces of an update there are gradients to lose
+                    if interrupt():
+                        self._stop_for_interrupt()
         seconds = time.perf_counter() - began
-        self.position.epoch, self.position.batch, self.carried = epoch + 1, 0, None
-        self._close_epoch(
-            {
-                "epoch": epoch + 1,
-                "loss": total / max(labels, 1),
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "seconds": round(seconds, 3),
-                "events_per_second": round(labels / max(seconds, 1e-9)),
-            }
-        )
+        record = {
+            "epoch": epoch + 1,
+            "loss": position.loss_sum / position.labels,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": round(seconds, 3),
+            "events_per_second": round((position.labels - before) / max(seconds, 1e-9)),
+        }
+        position.epoch, position.batch, self.carried = epoch + 1, 0, None
+        position.loss_sum, position.labels = 0.0, 0
+        self._close_epoch(record)
 
-    def _update(self, batch: TrainBatch) -> tuple[float, int]:
-        number = int(batch.labels.sum())
-        events = batch.events.to(self.device)
-        state = self._start(batch)
+    def _accumulate(self, piece: TrainBatch) -> tuple[float, int]:
+        """Adds the gradient of a piece's summed loss; returns that sum and its labels."""
+        number, last = int(piece.labels.sum()), piece.events.num_users - 1
+        if self.loss.dtype != torch.float32 and self.device.type == "cpu":
+            piece = _filled_up(piece)
+        events = piece.events.to(self.device)
+        state = _first_states(self.model, piece, self.carried)
         with self.loss.compute():
             vectors, final = self.model(events, state)
-        self.carried = states.take(states.detach(final), torch.tensor([-1], device=self.device))
+        self.carried = _state_of(final, last)
         if number == 0:
             return 0.0, 0
-        loss = self.loss(vectors, events.items, batch.labels.to(self.device))
-        if not bool(torch.isfinite(loss)):
-            raise ValueError(
-                f"the loss is {float(loss)} at epoch {self.position.epoch + 1}, batch "
-                f"{self.position.batch}: expected a finite number; lower lr or use float32"
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
+        loss = self.loss(vectors, events.items, piece.labels.to(self.device)) * number
+        loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), number
 
-    def _start(self, batch: TrainBatch) -> State | None:
-        """Fresh states, but for a first row that continues a history longer than a batch."""
-        if not batch.carried or self.carried is None:
-            return None
-        fresh = self.model.initial_state(batch.events.num_users)
-        return states.put(fresh, torch.tensor([0], device=self.device), self.carried)
-
-    def _batches(self, epoch: int, start: int) -> Iterator[TrainBatch]:
-        config = self.config
-        return self.dataset.batches(config.batch_events, seed=config.seed, epoch=epoch, start=start)
-
-    def _set_rate(self, epochs: float) -> None:
+    def _update(self, labels: int, epochs: float) -> None:
+        """One step of the optimizer along the mean gradient of ``labels`` labels."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if labels == 0:
+            return
+        for parameter in parameters:
+            parameter.grad.div_(labels)  # type: ignore[union-attr]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        # before the parameters are touched, so that a bad gradient never reaches a checkpoint
+        if not math.isfinite(self.position.loss_sum) or not bool(torch.isfinite(norm)):
+            raise ValueError(
+                f"the loss or its gradient is not finite at epoch {self.position.epoch + 1}, batch "
+                f"{self.position.batch}: expected numbers, received a summed loss of "
+                f"{self.position.loss_sum} and a gradient of norm {float(norm)}; lower lr or use "
+                "precision float32"
+            )
         rate = self.config.lr * rate_share(epochs / self.config.epochs, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _pieces(self, epoch: int, start: int) -> Iterator[TrainBatch]:
+        config = self.config
+        return self.dataset.batches(config.piece_budget, seed=config.seed, epoch=epoch, start=start)
+
+    def _num_pieces(self, epoch: int) -> int:
+        config = self.config
+        return self.dataset.num_batches(config.piece_budget, seed=config.seed, epoch=epoch)
 
     def _close_epoch(self, record: dict[str, Any]) -> None:
         position, config = self.position, self.config
@@ -229,7 +317,7 @@ class _Run:
         if self.validate is not None and due:
             self.model.eval()
             record |= self.validate(self.model)
-            score = record[config.monitor]
+            score = self._monitored(record)
             position.waited += 1
             if score > position.best_score:
                 position.best_score, position.best_epoch, position.waited = score, position.epoch, 0
@@ -238,6 +326,12 @@ class _Run:
         log.info("%s", json.dumps(record))
         if self.folder is not None:
             self._save(self.folder)
+
+    def _monitored(self, record: Mapping[str, Any]) -> float:
+        name = self.config.monitor
+        if name not in record:
+            raise ValueError(unknown("monitor", name, record, of="the metrics of validation"))
+        return float(record[name])
 
     def _stale(self) -> bool:
         return self.validate is not None and self.position.waited >= self.config.patience
@@ -252,6 +346,7 @@ class _Run:
             optimizer=self.optimizer.state_dict(),
             random=torch.get_rng_state(),
             carried=self.carried,
+            precision=str(self.loss.dtype).removeprefix("torch."),
         ).write(folder)
 
     def _resume(self) -> None:
@@ -263,7 +358,10 @@ class _Run:
         self.optimizer.load_state_dict(dict(saved.optimizer))
         torch.set_rng_state(saved.random)
         self.position, self.history, self.best = saved.position, saved.history, dict(saved.best)
-        self.carried = saved.carried
+        if saved.carried is not None:
+            self.carried = states.to_device(saved.carried, self.device)
+        # as the first batch of the run has decided
+        self.loss.dtype = getattr(torch, saved.precision)
         log.info("resumed at epoch %d, batch %d", self.position.epoch + 1, self.position.batch)
 
     def _stop_for_interrupt(self) -> None:
@@ -277,9 +375,10 @@ class _Run:
         """What must be equal for a checkpoint to be continued."""
         return {
             "model": type(self.model).__name__,
+            "architecture": _as_values(self.model.config),
             "parameters": {k: list(v.shape) for k, v in self.model.state_dict().items()},
-            "config": self.config.model_dump(),
-            "labels": self.dataset.num_labels,
+            "training": self.config.model_dump(),
+            "data": self.data,
         }
 
 
@@ -322,10 +421,11 @@ class _NextItemLoss:
         self.model.eval()
         for dtype in (narrow, torch.float32):
             self.dtype = dtype
-            with torch.random.fork_rng(), torch.no_grad(), self.compute():
+            # only negatives are drawn here, and from the CPU's generator
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), self.compute():
                 losses[dtype] = float(self(self.model(events)[0], events.items, labels))
-        difference = abs(losses[narrow] - losses[torch.float32]) / losses[torch.float32]
-        self.dtype = narrow if difference <= 1e-2 else torch.float32
+        difference = abs(losses[narrow] - losses[torch.float32])
+        self.dtype = narrow if difference <= 1e-2 * losses[torch.float32] else torch.float32
         log.info(
             "first loss %.4f in %s, %.4f in float32: training in %s",
             losses[narrow],
@@ -359,6 +459,18 @@ def rate_share(done: float, config: TrainConfig) -> float:
     if config.schedule == "cosine":
         share *= 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     return share
+
+
+def _as_values(config: Any) -> Any:
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else str(config)
+
+
+def _data_facts(dataset: Dataset) -> dict[str, Any]:
+    """What tells one training part from another."""
+    digest = hashlib.sha256(dataset.events.fingerprint.encode())
+    for positions in dataset.segments:
+        digest.update(np.ascontiguousarray(positions).data)
+    return {"labels": dataset.num_labels, "fingerprint": digest.hexdigest()}
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

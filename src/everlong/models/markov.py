@@ -61,11 +61,11 @@ class Markov(CountingModel):
         self.register_buffer("followers", torch.zeros(config.num_items))
         self.register_buffer("popularity", torch.zeros(config.num_items))
 
-    def observe(self, events: Batch) -> None:
+    def observe(self, events: Batch, state: MarkovState | None = None) -> None:  # type: ignore[override]
         """Adds the pairs of neighbouring events of each user, and the events, to the counts."""
-        rows, items = events.user_rows, events.items
-        inside = rows[1:] == rows[:-1]
-        last, following = items[:-1][inside], items[1:][inside]
+        items, before = events.items, self(events, state)[0].squeeze(1)
+        known = before != NO_ITEM
+        last, following = before[known], items[known]
         pairs, counts = torch.unique(last * self.num_items + following, return_counts=True)
         together = torch.cat([self.pairs, pairs])
         weights = torch.cat([self.pair_counts, counts.to(self.pair_counts)])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from everlong.batch import Batch
 from everlong.model import CountingModel, ItemHead
+from everlong.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class Popularity(CountingModel):
         self.config = config
         self.register_buffer("counts", torch.zeros(config.num_items))
 
-    def observe(self, events: Batch) -> None:
+    def observe(self, events: Batch, state: State | None = None) -> None:
         """Adds the events to the counts."""
         seen = torch.bincount(events.items, minlength=self.num_items)
         self.counts = self.counts + seen.to(self.counts)
@@ -89,7 +90,7 @@ class RecentPopularity(Popularity):
         super().__init__(config)
         self.register_buffer("latest", torch.tensor(torch.iinfo(torch.int64).min))
 
-    def observe(self, events: Batch) -> None:
+    def observe(self, events: Batch, state: State | None = None) -> None:
         """Adds the events to the counts, all aged to the latest event seen so far."""
         if events.num_events == 0:
             return

@@ -7,6 +7,8 @@ parallel, and the mask depends on the seed and the place alone, not on the numbe
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit, prange
@@ -33,12 +35,26 @@ class Dropout(nn.Module):
         """The values with some of them zeroed, same shape; unchanged outside training."""
         if not self.training or self.p == 0.0:
             return values
-        if values.is_cuda:
+        if not values.is_cpu:
             return functional.dropout(values, self.p)
-        return values * dropout_mask(values, self.p, _draw_seed())
+        dropped: Tensor = _Dropped.apply(values, self.p, _draw_seed())  # type: ignore[no-untyped-call]
+        return dropped
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class _Dropped(torch.autograd.Function):
+    """Values times a mask that is made again in the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return dropout_mask(values, p, seed).mul_(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return dropout_mask(grads[0], ctx.p, ctx.seed).mul_(grads[0]), None, None
 
 
 def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
@@ -49,19 +65,24 @@ def dropout_mask(like: Tensor, p: float, seed: int) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[like.dtype.itemsize]
     bits = mask.view(integer).view(-1).numpy()
     values = keep.view(integer).numpy()
-    _fill(bits, values, np.uint16(round(p * 65536)), np.uint64(seed))
+    _fill(bits, values, np.uint16(_threshold(p)), np.uint64(seed))
     return mask
 
 
 def reference_mask(like: Tensor, p: float, seed: int) -> Tensor:
     """The same mask as ``dropout_mask``, one element at a time in plain Python."""
-    threshold, word = round(p * 65536), 0
+    threshold, word = _threshold(p), 0
     values = []
     for place in range(like.numel()):
         if place % 4 == 0:
             word = _mix_reference(seed + (place // 4) * _STEP)
         values.append(0.0 if (word >> 16 * (place % 4)) & 0xFFFF < threshold else 1.0 / (1.0 - p))
     return torch.tensor(values, dtype=like.dtype).reshape(like.shape)
+
+
+def _threshold(p: float) -> int:
+    # of 16 bits: a share just below 1 must not round to all
+    return min(round(p * 65536), 65535)
 
 
 def _draw_seed() -> int:
