@@ -215,7 +215,7 @@ def wait_for(process: subprocess.Popen[str], word: str) -> None:
 def test_ctrl_c_and_a_crash_resume_to_the_same_bits(log: Path, tmp_path: Path) -> None:
     out = tmp_path / "cut"
     process = start_fit(log, out)
-    wait_for(process, '"epoch": 3')
+    wait_for(process, "epoch 3:")
     assert "an unfinished run is in" in refused("fit", log, "--out", out)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
@@ -226,7 +226,7 @@ def test_ctrl_c_and_a_crash_resume_to_the_same_bits(log: Path, tmp_path: Path) -
     assert not out.exists()
 
     process = start_fit(log, out, "--resume")
-    wait_for(process, '"epoch": 7')
+    wait_for(process, "epoch 7:")
     process.kill()
     process.communicate(timeout=120)
     assert not out.exists()

@@ -262,6 +262,8 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         # the rows' weights are known only now, so the scores are computed once more
         vectors, columns, bias, skip, sums = ctx.saved_tensors
+        # a row whose only column is skipped has the sum -inf, and no gradient instead of NaN
+        sums = sums.clamp(min=torch.finfo(sums.dtype).min)
         dtype, rows = ctx.dtype, ctx.rows
         table, offset = columns.to(dtype), bias.to(dtype)
         grads = _Grads.like(vectors, columns, bias, torch.promote_types(dtype, torch.float32))

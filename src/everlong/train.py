@@ -7,7 +7,6 @@ it ends with the same bits on CPU as a run that was never interrupted.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import time
@@ -323,9 +322,18 @@ class _Run:
                 position.best_score, position.best_epoch, position.waited = score, position.epoch, 0
                 self.best = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.history.append(record)
-        log.info("%s", json.dumps(record))
+        log.info("%s", self._line(record))
         if self.folder is not None:
             self._save(self.folder)
+
+    def _line(self, record: Mapping[str, Any]) -> str:
+        """An epoch in few words; everything is in the log file."""
+        name = self.config.monitor
+        score = f", {name} {record[name]:.4f}" if name in record else ""
+        return (
+            f"epoch {record['epoch']}: loss {record['loss']:.4f}{score}, "
+            f"{record['events_per_second']:,} events/s"
+        )
 
     def _monitored(self, record: Mapping[str, Any]) -> float:
         name = self.config.monitor
