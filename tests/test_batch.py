@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def test_histories_come_back_from_a_batch(histories: list[list[int]]) -> None:
     rows = [row for row, history in enumerate(histories) for _ in history]
     assert batch.user_rows.tolist() == rows
     cuts = batch.offsets.tolist()
-    found = [batch.items[a:b].tolist() for a, b in zip(cuts, cuts[1:], strict=False)]
+    found = [batch.items[a:b].tolist() for a, b in pairwise(cuts)]
     assert found == histories
     assert batch.times.tolist() == [place for h in histories for place in range(len(h))]
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,20 @@ def test_every_damaged_file_is_refused_by_name(
         everlong.load(folder)
 
 
+def change(folder: Path, path: tuple[str, ...], value: object, *, signed: bool) -> None:
+    """Changes a value of config.json; ``signed`` as another version would have written it."""
+    config = json.loads((folder / CONFIG).read_text())
+    place = config
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    if signed:
+        del config["digest"]
+        text = json.dumps(config, sort_keys=True)
+        config["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -94,21 +109,32 @@ def test_a_damaged_config_is_refused(folder: Path, text: str, message: str) -> N
     ("path", "value", "message"),
     [
         (("format",), 2, "has format 2, this version reads 1"),
+        (("time_unit",), "parsec", "config.json was changed: its digest does not fit"),
+        (("architecture", "dropout"), 0.0, "config.json was changed: its digest does not fit"),
+        (("files", "README.md", "bytes"), 1, "config.json was changed: its digest does not fit"),
+    ],
+)
+def test_a_changed_config_is_refused(
+    folder: Path, path: tuple[str, ...], value: object, message: str
+) -> None:
+    change(folder, path, value, signed=False)
+    with pytest.raises(ValueError, match=message):
+        everlong.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
         (("model",), "lrux", "unknown model 'lrux'"),
         (("architecture", "dim"), 8, "weights and architecture do not fit"),
         (("architecture", "dmi"), 8, "did you mean 'dim'"),
         (("train", "epcohs"), 8, "did you mean 'epochs'"),
     ],
 )
-def test_a_changed_config_is_refused(
+def test_a_config_that_does_not_fit_is_refused(
     folder: Path, path: tuple[str, ...], value: object, message: str
 ) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    place = config
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    (folder / CONFIG).write_text(json.dumps(config))
+    change(folder, path, value, signed=True)
     with pytest.raises(ValueError, match=message):
         everlong.load(folder)
 

@@ -1,5 +1,7 @@
 import subprocess
 import sys
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -286,3 +288,77 @@ def test_a_full_disk_leaves_the_old_folder_whole(recommender: Recommender, tmp_p
 
 def test_the_printed_form_names_the_bytes_per_user(recommender: Recommender) -> None:
     assert f"{recommender.bytes_per_user:,} bytes per user" in repr(recommender)
+
+
+@pytest.mark.parametrize("history", ["i01", 7])
+def test_a_history_that_is_no_list_is_refused(recommender: Recommender, history: object) -> None:
+    with pytest.raises(ValueError, match="history of 'me': expected a list of item ids"):
+        recommender.recommend({"me": history})  # type: ignore[dict-item]
+
+
+def test_the_time_of_a_request_is_seconds_or_a_datetime_in_utc(
+    recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+    score = recommender.model.score
+
+    def listen(state: states.State, items: None = None, at: torch.Tensor | None = None) -> object:
+        assert at is not None
+        asked.append(at.tolist())
+        return score(state, items, at)
+
+    monkeypatch.setattr(recommender.model, "score", listen)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        for at in (START, datetime.fromtimestamp(START, UTC), datetime(2023, 11, 14, 22, 13, 20)):
+            recommender.recommend(["u01"], at=at)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert asked == [[START]] * 3
+    with pytest.raises(ValueError, match="at: expected Unix seconds or a datetime, received 'now'"):
+        recommender.recommend(["u01"], at="now")  # type: ignore[arg-type]
+
+
+def test_new_events_without_times_are_refused_where_the_log_had_times(
+    recommender: Recommender,
+) -> None:
+    events = new_events(["u01"], ["i01"])
+    before = recommender.recommend(["u01"])
+    with pytest.raises(ValueError, match="had times: expected the same of new events"):
+        recommender.update(events, timestamp=None)
+    with pytest.raises(ValueError, match="received positions, no times"):
+        recommender.update(events.with_columns(timestamp=5))
+    assert recommender.recommend(["u01"]).equals(before)
+
+
+def test_a_log_without_times_is_continued_by_the_order_of_rows(frame: pl.DataFrame) -> None:
+    events = read_events(frame.drop("timestamp"), timestamp=None)
+    recommender = everlong.fit(events, "popularity")
+    last = recommender.users.last_time[recommender.users.rows(pl.Series(["u01"]))]
+    new = new_events(["u01", "u01", "new"], ["i01", "i02", "i01"])
+    report = recommender.update(new.drop("timestamp"), timestamp=None)
+    assert (report.events, report.new_users, report.late) == (3, 1, 0)
+    rows = recommender.users.rows(pl.Series(["u01", "new"]))
+    assert recommender.users.last_time[rows].tolist() == [last[0] + 2, 0]
+    with pytest.raises(ValueError, match="had positions, no times"):
+        recommender.update(read_events(new))
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_does_not_exist_is_refused_at_once(fitted: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+        everlong.load(fitted, device=device)
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+        everlong.fit("no such log.csv", device=device)
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert {name for name in everlong.__all__ if getattr(everlong, name, None) is None} == set()
+
+
+@pytest.mark.parametrize("setting", ["dim", "channels", "layers"])
+def test_a_size_below_one_is_refused(frame: pl.DataFrame, setting: str) -> None:
+    with pytest.raises(ValueError, match=f"LRUConfig: expected {setting} >= 1, received 0"):
+        everlong.fit(frame, "lru", architecture={setting: 0})

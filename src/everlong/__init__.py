@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from everlong.events import Events, read_events
     from everlong.index import open_events
     from everlong.interrupt import Interrupted
+    from everlong.items import ItemTable, read_items
     from everlong.pipeline import fit
     from everlong.recommender import Recommender, UpdateReport, load
     from everlong.split import PAPER, TEMPORAL, Protocol
@@ -39,6 +40,7 @@ _HOMES = {
     "TEMPORAL": "everlong.split",
     "Events": "everlong.events",
     "Interrupted": "everlong.interrupt",
+    "ItemTable": "everlong.items",
     "Protocol": "everlong.split",
     "Recommender": "everlong.recommender",
     "TrainConfig": "everlong.train",
@@ -47,6 +49,7 @@ _HOMES = {
     "load": "everlong.recommender",
     "open_events": "everlong.index",
     "read_events": "everlong.events",
+    "read_items": "everlong.items",
 }
 
 

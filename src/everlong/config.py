@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 
@@ -33,11 +34,8 @@ def load_settings(kind: type[T], values: Mapping[str, Any]) -> T:
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, received {e['input']!r}"
-            for e in error.errors()
-        ]
-        raise ValueError(f"{kind.__name__}: " + "; ".join(problems)) from None
+        problems = "; ".join(_problem(details) for details in error.errors())
+        raise ValueError(f"{kind.__name__}: {problems}") from None
 
 
 def unknown(what: str, received: str, valid: Iterable[str], of: str = "") -> str:
@@ -47,6 +45,15 @@ def unknown(what: str, received: str, valid: Iterable[str], of: str = "") -> str
     hint = f"did you mean {near[0]!r}? " if near else ""
     place = f" of {of}" if of else ""
     return f"unknown {what} {received!r}{place}: {hint}Valid names: {', '.join(valid)}"
+
+
+def _problem(details: ErrorDetails) -> str:
+    """One fault of the settings in words."""
+    text = details["msg"].removeprefix("Value error, ")
+    # without a place it is about settings together, and says itself what came
+    if not details["loc"]:
+        return text
+    return f"{'.'.join(map(str, details['loc']))}: {text}, received {details['input']!r}"
 
 
 def _names(kind: type[Any]) -> set[str]:

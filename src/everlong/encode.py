@@ -40,6 +40,23 @@ def device_of(model: UserModel) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
+def named_device(name: str) -> torch.device:
+    """The device of a name such as ``cpu`` or ``cuda:1``, after a first tensor was put there.
+
+    Raises:
+        ValueError: if there is no such device, or it cannot be used here.
+    """
+    try:
+        return torch.empty(1, device=torch.device(name)).device
+    # torch raises AssertionError where it was built without the device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"device {name!r} cannot be used here: expected cpu, cuda, cuda:1 or the like, "
+            f"received {name!r} ({reason})"
+        ) from error
+
+
 def encode_histories(
     model: UserModel,
     events: Events,

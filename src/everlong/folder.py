@@ -53,6 +53,8 @@ class FolderConfig(Settings):
     data: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, FileFacts]
+    digest: str
+    """Sha256 of everything above."""
 
 
 class ModelFolder(Settings):
@@ -95,7 +97,8 @@ def write_folder(
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         (folder / "README.md").write_text(card)
         files = {name: file_facts((folder / name).read_bytes()) for name in FILES}
-        text = json.dumps({"format": FORMAT, **config, "files": files}, indent=2)
+        facts = {"format": FORMAT, **config, "files": files}
+        text = json.dumps({**facts, "digest": _digest(facts)}, indent=2)
         (folder / CONFIG).write_text(text + "\n")
 
 
@@ -128,6 +131,11 @@ def read_folder(path: Path) -> ModelFolder:
             f"{path} has format {config.format}, this version reads {FORMAT}; "
             "use the version of everlong that wrote it"
         )
+    if config.digest != _digest({key: raw[key] for key in raw if key != "digest"}):
+        raise ValueError(
+            f"{path / CONFIG} was changed: its digest does not fit; "
+            "restore the folder from a copy or train again"
+        )
     contents = {name: _checked(path / name, config.files) for name in FILES}
     try:
         return ModelFolder(
@@ -145,6 +153,11 @@ def read_folder(path: Path) -> ModelFolder:
 def file_facts(data: bytes) -> dict[str, Any]:
     """Size and digest of a file."""
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """The digest of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _checked(path: Path, files: Mapping[str, FileFacts]) -> bytes:

@@ -263,7 +263,7 @@ class _LogSumExp(torch.autograd.Function):
         # the rows' weights are known only now, so the scores are computed once more
         vectors, columns, bias, skip, sums = ctx.saved_tensors
         # a row whose only column is skipped has the sum -inf, and no gradient instead of NaN
-        sums = sums.clamp(min=torch.finfo(sums.dtype).min)
+        sums = sums.clamp(min=-1e30)
         dtype, rows = ctx.dtype, ctx.rows
         table, offset = columns.to(dtype), bias.to(dtype)
         grads = _Grads.like(vectors, columns, bias, torch.promote_types(dtype, torch.float32))

@@ -12,6 +12,7 @@ import torch
 
 from everlong.config import load_settings, unknown
 from everlong.dataset import Dataset
+from everlong.encode import named_device
 from everlong.evaluate import evaluate
 from everlong.events import Events, read_events
 from everlong.metrics import DEFAULT
@@ -63,13 +64,14 @@ def fit(
     # settings first: a misspelt one must not cost the reading of a long log
     model_class = load_model_class(model)
     config = training if isinstance(training, TrainConfig) else _training(training)
+    place = named_device(device)
     measured = [str(metric) for metric in DEFAULT]
     if config.monitor not in measured:
         raise ValueError(unknown("monitor", config.monitor, measured, of="TrainConfig"))
     if not isinstance(events, Events):
         events = read_events(events)
     parts = split(events, choose_protocol(protocol, events))
-    network = make_model(model_class, parts, architecture or {}, config.seed).to(device)
+    network = make_model(model_class, parts, architecture or {}, config.seed).to(place)
     has_validation = parts.validation.user.size > 0
     if not has_validation:
         log.warning("no held-out events: the last epoch is kept, and quality is not measured")

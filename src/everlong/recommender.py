@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from everlong.card import card
 from everlong.clock import TimeUnit
 from everlong.config import load_settings
 from everlong.dataset import gather, pieces
-from everlong.encode import EVENTS_PER_BATCH, device_of, serving
+from everlong.encode import EVENTS_PER_BATCH, device_of, named_device, serving
 from everlong.evaluate import Evaluation, evaluate
 from everlong.events import Events, read_events
 from everlong.folder import read_folder, write_folder
@@ -121,7 +121,8 @@ class Recommender:
                 from any name to a list of item ids. Nothing is kept of histories.
             k: items for each user; fewer come if the catalogue is smaller or all else was seen.
             filter_seen: leave out the items that a user has seen.
-            at: time of the request, Unix seconds or a datetime, for models that use it.
+            at: time of the request, Unix seconds or a datetime (UTC if it has no time zone), for
+                models that use it.
 
         Raises:
             ValueError: if ``k`` is below 1, or a user or an item of a history is unknown.
@@ -154,12 +155,15 @@ class Recommender:
             events: new events alone, in any form that ``read_events`` takes.
             user_id: the column of user ids.
             item_id: the column of item ids.
-            timestamp: the column of times, or None if the rows are in order already.
+            timestamp: the column of times, or None if the rows are in order already and the log
+                had no times either; they follow the user's last event.
             time_unit: what the times are; a log that had positions is continued by positions.
 
         Raises:
-            ValueError: if the events cannot be read.
+            ValueError: if the events cannot be read, or have times where the log had positions or
+                the other way round.
         """
+        ordered = timestamp is None and not isinstance(events, Events)
         if not isinstance(events, Events):
             events = read_events(
                 events,
@@ -168,7 +172,10 @@ class Recommender:
                 timestamp=timestamp,
                 time_unit="position" if self.origin.time_unit == "position" else time_unit,
             )
+        self._check_clock(events)
         known, dropped = to_catalogue(events, self.item_ids)
+        if ordered:
+            known = self._continued(known)
         new_users = self.users.add(known.user_ids.ids(np.arange(known.num_users)))
         late = read_into(self.model, self.users, known)
         busy = int(np.count_nonzero(known.lengths))
@@ -213,7 +220,7 @@ class Recommender:
         ids = _series("item_id", items)
         rows = torch.from_numpy(self._known_items(ids))
         with torch.no_grad():
-            vectors = torch.nn.functional.normalize(self.model.item_head().weight, dim=1)
+            vectors = torch.nn.functional.normalize(self.model.item_head().weight.cpu(), dim=1)
         lists = []
         for part in torch.split(rows, max(1, SCORES_PER_BATCH // len(self.item_ids))):
             scores = vectors[part] @ vectors.T
@@ -255,6 +262,25 @@ class Recommender:
             card=card(origin.model, origin, self.model, self.bytes_per_user),
         )
 
+    def _check_clock(self, events: Events) -> None:
+        """Raises ``ValueError`` if new events count time in another way than the log."""
+        before, now = self.origin.time_unit == "position", events.facts.time_unit == "position"
+        if before != now:
+            kinds = {True: "positions, no times", False: "times"}
+            raise ValueError(
+                f"the log that was learnt from had {kinds[before]}: expected the same of new "
+                f"events, received {kinds[now]}; name their column in timestamp= and its unit in "
+                "time_unit="
+            )
+
+    def _continued(self, events: Events) -> Events:
+        """The events with positions that go on where those of their users ended."""
+        rows = self.users.rows(events.user_ids.ids(np.arange(events.num_users)))
+        first = np.zeros(events.num_users, dtype=np.int64)
+        first[rows >= 0] = self.users.next_position(rows[rows >= 0])
+        times = events.times + np.repeat(first, events.lengths)
+        return dataclasses.replace(events, times=times)
+
     def _known_users(self, ids: pl.Series) -> Rows:
         rows = self.users.rows(ids)
         if (rows < 0).any():
@@ -280,6 +306,12 @@ class Recommender:
     ) -> tuple[UserTable, pl.Series]:
         """A table of these histories alone, and their names."""
         names = _series("user_id", list(histories))
+        for name, items in histories.items():
+            if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+                raise ValueError(
+                    f"history of {name!r}: expected a list of item ids, received {items!r}; "
+                    f"use [{items!r}]"
+                )
         lengths = [len(items) for items in histories.values()]
         flat = [item for items in histories.values() for item in items]
         rows = self._known_items(_series("item_id", flat)) if flat else np.zeros(0, np.int64)
@@ -347,24 +379,31 @@ def load(folder: str | Path, *, device: str = "cpu") -> Recommender:
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if the folder is not whole, was changed, or is of another format.
+        ValueError: if the folder is not whole, was changed, or is of another format, or the device
+            cannot be used.
     """
+    place = named_device(device)
     stored = read_folder(Path(folder))
     config = stored.config
-    model_class = load_model_class(config.model)
-    model = model_class(load_settings(config_class(model_class), config.architecture))
+    try:
+        model_class = load_model_class(config.model)
+        model = model_class(load_settings(config_class(model_class), config.architecture))
+        train = load_settings(TrainConfig, config.train)
+        protocol = load_settings(Protocol, config.protocol)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; was it written by another version?") from error
     try:
         model.load_state_dict(stored.weights)
     except RuntimeError as error:
         raise ValueError(f"{folder}: weights and architecture do not fit: {error}") from error
-    model.to(device)
+    model.to(place)
     with serving(model):
         initial = model.initial_state(1)
     initial = type(initial)(*(value.cpu() for value in initial))
     origin = Origin(
         model=config.model,
-        train=load_settings(TrainConfig, config.train),
-        protocol=load_settings(Protocol, config.protocol),
+        train=train,
+        protocol=protocol,
         time_unit=config.time_unit,
         data=config.data,
         metrics=stored.metrics,
@@ -434,4 +473,9 @@ def _series(name: str, ids: Sequence[Any] | pl.Series) -> pl.Series:
 
 
 def _seconds(at: int | datetime | None) -> int | None:
-    return int(at.timestamp()) if isinstance(at, datetime) else at
+    """Unix seconds; a datetime without a time zone is UTC, as in a log."""
+    if isinstance(at, datetime):
+        return int((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp())
+    if at is None or isinstance(at, int | np.integer):
+        return None if at is None else int(at)
+    raise ValueError(f"at: expected Unix seconds or a datetime, received {at!r}")

@@ -215,9 +215,9 @@ class _Run:
         self.model.zero_grad(set_to_none=True)
         if resume:
             self._resume()
-        if self.position.epoch == 0 and self.position.batch == 0:
-            self.loss.check(next(self._pieces(0, 0)))
         with deferred_interrupt() as interrupt:
+            if self.position.epoch == 0 and self.position.batch == 0:
+                self.loss.check(next(self._pieces(0, 0)))
             while self.position.epoch < self.config.epochs and not self._stale():
                 self._epoch(interrupt)
                 # pressed while the model was validated

@@ -117,6 +117,11 @@ class UserTable:
         self.num_events[rows] += lengths
         return late
 
+    def next_position(self, rows: Rows) -> Rows:
+        """One after the time of each user's newest event; 0 for users without events."""
+        following: Rows = np.where(self.num_events[rows] > 0, self.last_time[rows] + 1, 0)
+        return following
+
     def seen_pairs(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Pairs (place in ``rows``, item row) of what these users have seen lately."""
         seen = self.seen[torch.from_numpy(rows)]

@@ -37,9 +37,6 @@ class LRUConfig:
         recurrence_dropout: on the output of the recurrence.
         min_radius, max_radius: moduli of the decays at initialisation. A channel of modulus r
             forgets half of an event after ln 2 / -ln r events: 69 at 0.99, 6,931 at 0.9999.
-        max_phase: largest phase of the decays at initialisation, in radians. The published code
-            takes the whole circle. Small phases make channels that sum up slowly, so that what is
-            learned of an event at one distance holds at others too (arXiv 2303.06349, section 3.4).
     """
 
     num_items: int
@@ -50,17 +47,15 @@ class LRUConfig:
     recurrence_dropout: float = 0.2
     min_radius: float = 0.8
     max_radius: float = 0.99
-    max_phase: float = 2 * math.pi
 
     def __post_init__(self) -> None:
+        for name in ("dim", "channels", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, received {getattr(self, name)}")
         if not 0.0 <= self.min_radius < self.max_radius < 1.0:
             raise ValueError(
                 "the recurrence is stable for 0 <= min_radius < max_radius < 1, received "
                 f"min_radius={self.min_radius}, max_radius={self.max_radius}"
-            )
-        if not 0.0 < self.max_phase <= 2 * math.pi:
-            raise ValueError(
-                f"a phase is an angle: expected 0 < max_phase <= 2 pi, received {self.max_phase}"
             )
 
 
@@ -151,7 +146,7 @@ class Block(nn.Module):
 
     def __init__(self, config: LRUConfig) -> None:
         super().__init__()
-        self.recurrence = Recurrence(config)
+        self.recurrence = Recurrence(config.channels, config.min_radius, config.max_radius)
         self.enter = nn.Linear(config.dim, 2 * config.channels)
         # code: the imaginary part of the output and its bias are never used, so neither exists here
         self.leave = nn.Linear(2 * config.channels, config.dim)
@@ -199,12 +194,11 @@ class Recurrence(nn.Module):
     ``nu``, ``theta`` and ``gamma`` are learned as logarithms; |decay| < 1 by construction.
     """
 
-    def __init__(self, config: LRUConfig) -> None:
+    def __init__(self, channels: int, min_radius: float, max_radius: float) -> None:
         super().__init__()
-        # moduli uniform in r^2 between the radii, phases uniform from zero to the largest
-        low, high = config.min_radius**2, config.max_radius**2
-        area = torch.rand(config.channels) * (high - low) + low
-        phase = config.max_phase * (1.0 - torch.rand(config.channels))
+        # moduli uniform in r^2 between the radii, phases uniform on the whole circle
+        area = torch.rand(channels) * (max_radius**2 - min_radius**2) + min_radius**2
+        phase = 2 * math.pi * (1.0 - torch.rand(channels))
         self.nu_log = nn.Parameter((-0.5 * area.log()).log())
         self.theta_log = nn.Parameter(phase.log())
         # code: gamma starts at sqrt(1 - |decay|^2) and is learned on its own from there

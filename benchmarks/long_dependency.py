@@ -1,0 +1,272 @@
+"""How far back a model remembers: scores against the distance between a cue and its answer.
+
+    python benchmarks/long_dependency.py                 # all models, two seeds
+    python benchmarks/long_dependency.py --seeds 1
+
+The log is ``long_dependency``: after an ``ask`` come two items, each decided by a cue exactly
+``distance`` events before it, with random items between. A user's last event is the test, the
+one before it the validation; both are answers. Every model learns from the same answers, those of
+the second of three episodes, and from no other event: all others are random, and two answers in
+a thousand events would be learned from slowly. It meets near cues first and then farther ones.
+There is no choice on the validation part: the settings were found on the log of seed 0, which is
+in no result.
+
+Some distances are never trained; they show what a model makes of a distance that it has not met.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from everlong.dataset import Dataset
+from everlong.evaluate import evaluate
+from everlong.events import read_events
+from everlong.model import UserModel
+from everlong.models.lru import LRU, LRUConfig
+from everlong.models.sasrec import SASRec, SASRecConfig
+from everlong.sources.synthetic import SyntheticLog, long_dependency
+from everlong.split import PAPER, Rows, Segments, Split, Targets, split
+from everlong.state import bytes_per_user
+from everlong.train import TrainConfig, train
+from record import RESULTS, write_result
+
+# repeats stay, so that distances are exact
+PROTOCOL = PAPER.replace({"name": "whole", "window": None, "drop_immediate_repeats": False})
+METRICS = ("HitRate@1", "NDCG@10")
+WINDOW = 200
+CUES, FILLERS, EPISODES = 8, 20, 3
+
+# users at each distance, in hundreds
+USERS = {30: 20, 60: 2, 100: 20, 300: 10, 550: 2, 1000: 5, 2000: 1}
+UNTRAINED = (60, 550, 2000)
+TEST_USERS = 200
+
+
+class Stage(NamedTuple):
+    """One part of the training: users at each of some distances, and how often they are read."""
+
+    distances: tuple[int, ...]
+    users: int
+    epochs: int
+    lr: float
+
+
+STAGES = (
+    Stage((30, 100), users=2000, epochs=4, lr=3e-3),
+    Stage((100, 300), users=1000, epochs=2, lr=3e-3),
+    Stage((30, 100, 300, 1000), users=400, epochs=5, lr=3e-3),
+)
+
+
+class Entry(NamedTuple):
+    """A model of the comparison; ``window``: the most events that it can see, None = all."""
+
+    config: LRUConfig | SASRecConfig
+    window: int | None
+
+
+def entries(num_items: int) -> dict[str, Entry]:
+    """The models by name, all without dropout."""
+    near = LRUConfig(num_items=num_items, layers=1, dropout=0.0, recurrence_dropout=0.0)
+    far = LRUConfig(**{**asdict(near), "min_radius": 0.99, "max_radius": 0.9999})
+    window = SASRecConfig(num_items=num_items, window=WINDOW, dropout=0.0)
+    return {
+        "lru, radii 0.99 to 0.9999": Entry(far, None),
+        "lru, radii 0.8 to 0.99 (published)": Entry(near, None),
+        f"sasrec, window {WINDOW}": Entry(window, WINDOW),
+    }
+
+
+def main(seeds: Annotated[int, typer.Option(help="how many logs and models")] = 2) -> None:
+    """Trains and tests all models; writes results/long_dependency.json and .png."""
+    # sums in one order, so that the same seed gives the same figures on any number of cores
+    torch.set_num_threads(1)
+    runs = []
+    for seed in range(1, seeds + 1):
+        case = make_case(seed)
+        for name, entry in entries(case.parts.events.num_items).items():
+            runs.append({"model": name, "seed": seed, **run(entry, case, seed)})
+            print(name, "seed", seed, runs[-1]["seconds"], "s", flush=True)
+            for row in runs[-1]["by_distance"]:
+                print("   ", row, flush=True)
+    log = case.log
+    figures = {
+        "protocol": PROTOCOL.model_dump(mode="json"),
+        "labels": "answers of the second of three episodes",
+        "stages": [stage._asdict() for stage in STAGES],
+        "untrained_distances": UNTRAINED,
+        "items": case.parts.events.num_items,
+        "best": {metric: log.best[metric] for metric in METRICS},
+        "chance": {metric: log.best_without_cue[metric] for metric in METRICS},
+        "summary": summary(runs),
+        "runs": runs,
+    }
+    print("written to", write_result("long_dependency", figures))
+    plot(figures, RESULTS / "long_dependency.png")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A log, split, and the distance ``[U]`` of every user."""
+
+    log: SyntheticLog
+    parts: Split
+    distance: Rows
+
+
+def make_case(seed: int) -> Case:
+    """The log of a seed."""
+    order = [distance for distance, hundreds in USERS.items() for _ in range(hundreds)]
+    log = long_dependency(
+        100 * len(order),
+        distances=order,
+        num_cues=CUES,
+        num_fillers=FILLERS,
+        episodes=EPISODES,
+        seed=seed,
+    )
+    events = read_events(log.frame)
+    # user u of the log has the distance u % len(order)
+    number = events.user_ids.ids(np.arange(events.num_users)).to_numpy()
+    return Case(
+        log, split(events, PROTOCOL), np.asarray(order, dtype=np.int64)[number % len(order)]
+    )
+
+
+def run(entry: Entry, case: Case, seed: int) -> dict[str, Any]:
+    """One model trained and tested."""
+    model = make_model(entry.config, seed)
+    began = time.perf_counter()
+    losses: list[float] = []
+    for number, stage in enumerate(STAGES):
+        segments = answers(case, stage, entry.window, seed)
+        # the order of the histories differs between the stages
+        settings = TrainConfig(
+            epochs=stage.epochs, lr=stage.lr, precision="float32", seed=seed + 100 * number
+        )
+        result = train(model, Dataset(case.parts.events, segments), settings)
+        losses += [record["loss"] for record in result.history]
+    return {
+        "config": asdict(entry.config),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes_per_user": bytes_per_user(model.initial_state(1)),
+        "seconds": round(time.perf_counter() - began, 1),
+        "training_losses": losses,
+        "fingerprint": case.parts.events.fingerprint,
+        "by_distance": by_distance(model, case),
+    }
+
+
+def make_model(config: LRUConfig | SASRecConfig, seed: int) -> UserModel:
+    """A fresh model, initialised by a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LRU(config) if isinstance(config, LRUConfig) else SASRec(config)
+
+
+def answers(case: Case, stage: Stage, window: int | None, seed: int) -> Segments:
+    """The second episodes of a stage's users, the two answers the labels.
+
+    Half of the histories are read from their beginning, half from anywhere in the first episode,
+    so that where an answer stands in what is read says nothing. A model with a window gets no
+    more than that of events, all in one window.
+    """
+    users = np.concatenate([first_users(case, d, stage.users) for d in stage.distances])
+    episode = case.distance[users] + 2
+    late = np.random.default_rng([seed, *stage.distances]).integers(episode + 1)
+    first = case.parts.events.offsets[users]
+    stop = first + 2 * episode
+    start = first + np.where(users % 2, late, 0)
+    if window is not None:
+        start = np.maximum(start, stop - window)
+    return Segments(users, start, stop, stop - 2)
+
+
+def first_users(case: Case, distance: int, most: int) -> Rows:
+    """The first users at a distance."""
+    return np.flatnonzero(case.distance == distance)[:most]
+
+
+def by_distance(model: UserModel, case: Case) -> list[dict[str, Any]]:
+    """Means of the test scores at each distance, after the whole history."""
+    targets = case.parts.test
+    users = np.concatenate([first_users(case, distance, TEST_USERS) for distance in USERS])
+    rows = np.flatnonzero(np.isin(targets.user, users))
+    chosen = Targets(*(values[rows] for values in targets))
+    found = evaluate(model, case.parts.events, chosen, seen=PROTOCOL.seen, metrics=METRICS)
+    table = found.per_user()
+    distance = pl.Series("distance", case.distance[table["user"].to_numpy()])
+    means = (
+        table.with_columns(distance)
+        .group_by("distance")
+        .agg(pl.len().alias("users"), *(pl.col(metric).mean() for metric in METRICS))
+        .sort("distance")
+    )
+    return means.to_dicts()
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a model: HitRate@1 at each distance and seconds to train, means over seeds."""
+    rows = []
+    for name in dict.fromkeys(run["model"] for run in runs):
+        mine = [run for run in runs if run["model"] == name]
+        scores = {
+            str(distance): [
+                row["HitRate@1"]
+                for run in mine
+                for row in run["by_distance"]
+                if row["distance"] == distance
+            ]
+            for distance in USERS
+        }
+        rows.append(
+            {
+                "model": name,
+                "bytes_per_user": mine[0]["bytes_per_user"],
+                "seconds": round(statistics.mean(run["seconds"] for run in mine), 1),
+                "HitRate@1": {d: round(statistics.mean(values), 4) for d, values in scores.items()},
+                "lowest": {d: round(min(values), 4) for d, values in scores.items()},
+            }
+        )
+    return rows
+
+
+def plot(figures: Mapping[str, Any], path: Path) -> None:
+    """Writes a PNG of HitRate@1 against the distance; hollow marks were never trained."""
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    colours = ("#1f5fa8", "#7fb0de", "#c8642a")
+    for row, colour in zip(figures["summary"], colours, strict=True):
+        trained = {int(d): s for d, s in row["HitRate@1"].items() if int(d) not in UNTRAINED}
+        other = {int(d): s for d, s in row["HitRate@1"].items() if int(d) in UNTRAINED}
+        axes.plot(list(trained), list(trained.values()), "o-", color=colour, label=row["model"])
+        axes.plot(list(other), list(other.values()), "o", color=colour, markerfacecolor="none")
+    chance = figures["chance"]["HitRate@1"]
+    axes.axhline(chance, color="#8a8a8a", linestyle=":", label=f"without the cue, {chance:.2f}")
+    axes.axvline(WINDOW, color="#c8642a", linewidth=0.8, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_xticks(list(USERS), [str(distance) for distance in USERS])
+    axes.minorticks_off()
+    axes.set_ylim(0, 1.04)
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="events between the cue and its answer", ylabel="HitRate@1")
+    axes.set_title("What is remembered; hollow: distances without training")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
