@@ -1,4 +1,4 @@
-"""Evaluation of all users of ML-1M's shape over the full catalogue: seconds after encoding.
+"""Evaluation of all users of ML-1M's shape over the full catalogue, histories read included.
 
 python benchmarks/evaluation.py
 """
@@ -36,9 +36,8 @@ def main() -> None:
         "users": result.num_users,
         "items": result.num_items,
         "metrics": len(result.metrics),
-        "seconds_encoding": round(best["encoding"], 2),
+        "seconds_reading_histories": round(best["encoding"], 2),
         "seconds_in_all": round(best["all"], 2),
-        "seconds_after_encoding": round(best["all"] - best["encoding"], 2),
         "rounds": rounds,
     }
     print(json.dumps(figures, indent=2))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from everlong.atomic import new_folder
 from everlong.clock import TimeUnit
 from everlong.events import EventFacts, Events, Ties, read_events
 from everlong.ids import IdMap
@@ -37,18 +37,11 @@ def write_index(events: Events, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; remove it or choose another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # beside the target, because a rename is atomic only within one file system
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
     try:
-        temporary.mkdir()
-        _write_files(events, temporary)
-        temporary.rename(folder)
-        _sync(folder.parent)
+        with new_folder(folder) as temporary:
+            _write_files(events, temporary)
     except pl.exceptions.PolarsError as error:
         raise OSError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_index(folder: str | Path, *, verify: bool = False) -> Events:
@@ -202,9 +195,6 @@ def _write_files(events: Events, folder: Path) -> None:
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    for name in (*names, MANIFEST):
-        _sync(folder / name)
-    _sync(folder)
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
@@ -232,12 +222,3 @@ def _open_array(path: Path) -> np.ndarray:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 import polars as pl
 from safetensors.numpy import load_file, save
 
+from everlong.atomic import new_folder
 from everlong.ids import IdMap
 from everlong.table import Source, describe, read_table
 
@@ -79,14 +78,8 @@ class ItemTable:
         folder = Path(folder)
         if folder.exists():
             raise FileExistsError(f"{folder} exists already; remove it or choose another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(6)}.tmp")
-        try:
-            temporary.mkdir()
+        with new_folder(folder) as temporary:
             self._write_files(temporary)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _write_files(self, folder: Path) -> None:
         arrays = {"known": self.known}

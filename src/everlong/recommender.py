@@ -219,8 +219,10 @@ class Recommender:
             raise ValueError(f"expected k >= 1, received {k}")
         ids = _series("item_id", items)
         rows = torch.from_numpy(self._known_items(ids))
-        with torch.no_grad():
-            vectors = torch.nn.functional.normalize(self.model.item_head().weight.cpu(), dim=1)
+        weight = self.model.item_head().weight.detach().cpu()
+        if weight.shape[1] < 2:
+            raise TypeError(f"the model {self.origin.model!r} has no item vectors to compare")
+        vectors = torch.nn.functional.normalize(weight, dim=1)
         lists = []
         for part in torch.split(rows, max(1, SCORES_PER_BATCH // len(self.item_ids))):
             scores = vectors[part] @ vectors.T
