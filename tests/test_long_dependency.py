@@ -31,8 +31,9 @@ def script() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def case(script: ModuleType) -> object:
-    script.USERS = {30: 1, 60: 1}
-    return script.make_case(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "USERS", {30: 1, 60: 1})
+        return script.make_case(3)
 
 
 def is_answer(script: ModuleType, case: object) -> np.ndarray:
@@ -41,36 +42,37 @@ def is_answer(script: ModuleType, case: object) -> np.ndarray:
     return frame["is_answer"].to_numpy() == 1
 
 
-def test_labels_are_answers_and_their_cues_are_read(script: ModuleType, case: object) -> None:
+def test_labels_are_all_answers_and_their_cues_are_read(script: ModuleType, case: object) -> None:
     stage = script.Stage((30, 60), users=50, epochs=1, lr=1e-3)
-    segments = script.answers(case, stage, None, 5)
-    truth = is_answer(script, case)
-    assert len(segments.user) == 100
-    first, distance = case.parts.events.offsets[segments.user], case.distance[segments.user]
-    for user_first, back, start, stop, label_start in zip(
-        first, distance, *segments[1:], strict=True
-    ):
-        assert stop - label_start == 2
-        assert truth[label_start:stop].all()
-        assert user_first <= start <= label_start - back
-
-
-def test_half_of_the_segments_begin_anywhere(script: ModuleType, case: object) -> None:
-    stage = script.Stage((30, 60), users=100, epochs=1, lr=1e-3)
-    segments = script.answers(case, stage, None, 5)
-    late = segments.start - case.parts.events.offsets[segments.user]
-    assert (late[segments.user % 2 == 0] == 0).all()
-    assert len(np.unique(late[segments.user % 2 == 1])) > 20
+    segments = script.answers(case, stage, None)
+    truth, offsets = is_answer(script, case), case.parts.events.offsets
+    labels = np.zeros(len(truth), dtype=np.int64)
+    for user, start, stop, label_start in zip(*segments, strict=True):
+        labels[label_start:stop] += 1
+        assert start == offsets[user] <= label_start - case.distance[user]
+    trained = np.isin(np.repeat(np.arange(len(offsets) - 1), np.diff(offsets)), segments.user)
+    assert len(np.unique(segments.user)) == 100
+    assert (labels == (truth & trained)).all()
 
 
 def test_a_window_bounds_what_is_read_and_keeps_the_labels(
     script: ModuleType, case: object
 ) -> None:
     stage = script.Stage((60,), users=5, epochs=1, lr=1e-3)
-    whole, cut = (script.answers(case, stage, window, 5) for window in (None, 40))
+    whole, cut = (script.answers(case, stage, window) for window in (None, 40))
     assert (cut.stop - cut.start == 40).all()
     assert (cut.label_start == whole.label_start).all()
     assert (cut.stop == whole.stop).all()
+
+
+def test_nobody_is_trained_on_and_tested(script: ModuleType) -> None:
+    most = {
+        d: max(s.users for s in script.STAGES if d in s.distances) for d in (30, 100, 300, 1000)
+    }
+    for distance, users in most.items():
+        assert users + script.TEST_USERS <= 100 * script.USERS[distance]
+    trained = {distance for stage in script.STAGES for distance in stage.distances}
+    assert trained.isdisjoint(script.UNTRAINED)
 
 
 def test_the_test_events_are_answers_at_the_distance_of_their_user(
@@ -79,7 +81,7 @@ def test_the_test_events_are_answers_at_the_distance_of_their_user(
     targets, truth = case.parts.test, is_answer(script, case)
     assert truth[targets.stop].all()
     lengths = case.parts.events.lengths[targets.user]
-    assert (lengths == 3 * (case.distance[targets.user] + 2)).all()
+    assert (lengths == 2 * (case.distance[targets.user] + 2)).all()
 
 
 def test_summary_is_the_mean_over_seeds(script: ModuleType, case: object) -> None:
