@@ -66,7 +66,7 @@ class Stage(NamedTuple):
 STAGES = (
     Stage((30, 100), users=1500, epochs=3, lr=3e-3),
     Stage((100, 300), users=600, epochs=2, lr=3e-3),
-    Stage((30, 100, 300, 1000), users=200, epochs=6, lr=3e-3),
+    Stage((30, 100, 300, 1000), users=200, epochs=8, lr=3e-3),
 )
 
 
@@ -227,15 +227,9 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name in dict.fromkeys(run["model"] for run in runs):
         mine = [run for run in runs if run["model"] == name]
-        scores = {
-            str(distance): [
-                row["HitRate@1"]
-                for run in mine
-                for row in run["by_distance"]
-                if row["distance"] == distance
-            ]
-            for distance in USERS
-        }
+        scores: dict[str, list[float]] = {}
+        for row in (row for run in mine for row in run["by_distance"]):
+            scores.setdefault(str(row["distance"]), []).append(row["HitRate@1"])
         rows.append(
             {
                 "model": name,
