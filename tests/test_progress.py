@@ -1,53 +1,91 @@
-"""Progress: silent at first, then plain lines where there is no terminal and a bar on one."""
-
-from __future__ import annotations
-
 import io
 import logging
+import time
 
 import pytest
 from rich.console import Console
 
 from everlong import progress as module
-from everlong.progress import LINE_SECONDS, Progress
+from everlong.progress import LINE_SECONDS, QUIET_SECONDS, Progress
 
 
 class Clock:
-    """A clock that moves when told."""
+    """A clock that a test moves."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
-    return clock
+    return Clock(monkeypatch)
 
 
-def test_plain_lines_with_rate_and_time_left(
-    clock: Clock, caplog: pytest.LogCaptureFixture
+def console(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:
+    output = io.StringIO()
+    monkeypatch.setattr(
+        module,
+        "Console",
+        lambda stderr: Console(file=output, force_terminal=terminal, width=100, stderr=stderr),
+    )
+    return output
+
+
+def test_short_work_is_silent(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="everlong")
-    with Progress("epoch 1", 1_000, "events") as progress:
-        clock.now += 1
-        progress.advance(100)
-        assert not caplog.records
-        clock.now += LINE_SECONDS
-        progress.advance(210)
-    (record,) = caplog.records
-    assert record.getMessage() == "epoch 1: 310 of 1,000 events, 10 events/s, 69 s left"
+    for terminal in (True, False):
+        output = console(monkeypatch, terminal)
+        with caplog.at_level(logging.INFO), Progress("work", 10, "events") as progress:
+            for _ in range(10):
+                clock.now += QUIET_SECONDS / 20
+                progress.advance(1)
+        assert output.getvalue() == ""
+    assert caplog.messages == []
 
 
-def test_a_bar_on_a_terminal(clock: Clock) -> None:
-    screen = io.StringIO()
-    with Progress("epoch 1", 1_000, "events") as progress:
-        progress._console = Console(file=screen, force_terminal=True, width=100)
-        clock.now += 10
-        progress.advance(500)
-    assert "epoch 1" in screen.getvalue()
-    assert "500/1000" in screen.getvalue()
+def test_plain_lines_where_there_is_no_terminal(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = console(monkeypatch, terminal=False)
+    with caplog.at_level(logging.INFO), Progress("epoch 1", 12_000, "events") as progress:
+        for _ in range(9):
+            clock.now += LINE_SECONDS / 3
+            progress.advance(1000)
+    assert output.getvalue() == ""
+    assert caplog.messages == [
+        "epoch 1: 3,000 of 12,000 events, 100 events/s, 90 s left",
+        "epoch 1: 6,000 of 12,000 events, 100 events/s, 60 s left",
+        "epoch 1: 9,000 of 12,000 events, 100 events/s, 30 s left",
+    ]
+
+
+def test_a_bar_on_a_terminal(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = console(monkeypatch, terminal=True)
+    with caplog.at_level(logging.INFO), Progress("epoch 1", 300, "events") as progress:
+        for _ in range(3):
+            clock.now += 10.0
+            progress.advance(100)
+    shown = output.getvalue()
+    assert "epoch 1" in shown
+    assert "300/300" in shown
+    assert "10 events/s" in shown
+    assert caplog.messages == []
+
+
+def test_the_bar_goes_when_the_work_fails(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = console(monkeypatch, terminal=True)
+    with pytest.raises(ValueError, match="broken"), Progress("work", 3, "users") as progress:  # noqa: PT012
+        clock.now += 10.0
+        progress.advance(1)
+        raise ValueError("broken")
+    # the cursor, hidden while a bar moves, is shown again
+    assert output.getvalue().rindex("\x1b[?25h") > output.getvalue().rindex("\x1b[?25l")
+
+
+def test_a_line_before_anything_is_done(clock: Clock) -> None:
+    with Progress("work", 5, "users") as progress:
+        assert progress.line(clock.now).startswith("work: 0 of 5 users, 0 users/s")

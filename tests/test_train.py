@@ -66,7 +66,7 @@ def lru(seed: int = 0, dropout: float = 0.3) -> LRU:
                 num_items=ITEMS,
                 dim=6,
                 channels=5,
-                layers=2,
+                layers=1,
                 dropout=dropout,
                 recurrence_dropout=dropout,
             )
@@ -250,12 +250,12 @@ sys.path.insert(0, {tests!r})
 import conftest
 from test_train import dataset_of, lru, score, settings
 from everlong.train import train
-train(lru(), dataset_of(), settings(epochs=40), validate=score, folder=Path({folder!r}))
+train(lru(), dataset_of(), settings(epochs=20), validate=score, folder=Path({folder!r}))
 """
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = settings(epochs=40)
+    config = settings(epochs=20)
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 120
@@ -378,11 +378,9 @@ def test_weight_decay_spares_biases_norms_and_the_recurrence() -> None:
         return {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
 
     parts = ("enter", "leave", "widen", "narrow")
-    blocks = {f"blocks.{n}.{part}.weight" for n in (0, 1) for part in parts}
+    blocks = {f"blocks.0.{part}.weight" for part in parts}
     assert decayed(settings()) == blocks | {"items.weight", "start"}
-    recurrence = {
-        f"blocks.{n}.recurrence.{part}_log" for n in (0, 1) for part in ("nu", "theta", "gamma")
-    }
+    recurrence = {f"blocks.0.recurrence.{part}_log" for part in ("nu", "theta", "gamma")}
     assert decayed(settings(decay_recurrence=True)) == blocks | recurrence | {
         "items.weight",
         "start",

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -73,7 +74,11 @@ class Checkpoint:
             "groups": self.optimizer["param_groups"],
             "precision": self.precision,
         }
-        cloned = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        # copies, because tensors may share memory and the format forbids that
+        cloned = {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, value in tensors.items()
+        }
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / FILE, save_tensors(cloned, metadata={"facts": json.dumps(facts)}))
         lines = "".join(json.dumps(record) + "\n" for record in self.history)

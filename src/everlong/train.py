@@ -1,7 +1,8 @@
 """The training loop: batches of events in, a model at its best validation score out.
 
 A run is a function of the model, the data and its settings. Interrupted at any update and resumed,
-it ends with the same bits on CPU as a run that was never interrupted.
+it ends with the same bits on CPU, with the same number of threads, as a run that was never
+interrupted.
 """
 
 from __future__ import annotations
