@@ -147,7 +147,7 @@ def compare_losses(parts: Split) -> dict[str, float]:
     for form, name in PRECISIONS.items():
         dtype = getattr(torch, name)
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            vectors = model(batch.events)[0][batch.labels].float()
+            vectors = model(batch.events)[batch.labels].float()
             found[form] = float(full_softmax(vectors, model.item_head(), answers, dtype=dtype))
     return found
 

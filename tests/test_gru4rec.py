@@ -65,9 +65,9 @@ def test_time_major_visits_every_event_once_in_order(lengths: list[int]) -> None
 
 
 def test_the_state_stays_float32_under_narrow_products() -> None:
-    model = GRU4Rec(CONFIG)
+    model, batch = GRU4Rec(CONFIG), Batch.from_histories([[1, 2], [], [3]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        vectors, state = model(Batch.from_histories([[1, 2], [], [3]]))
+        vectors, (_, state) = model(batch), model.encode(batch)
     assert state.hidden.dtype == torch.float32
     assert vectors.shape == (3, 4)
 
@@ -90,14 +90,14 @@ def test_it_learns_which_item_follows_which() -> None:
     model = GRU4Rec(GRU4RecConfig(num_items=items, dim=16, hidden=16, dropout=0.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     for _ in range(80):
-        scores = model.read(model(batch)[0])
+        scores = model.read(model(batch))
         loss = functional.cross_entropy(scores, batch.items)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     known = torch.ones(batch.num_events, dtype=torch.bool)
     known[batch.offsets[:-1]] = False
-    scores = model.read(model(batch)[0])[known]
+    scores = model.read(model(batch))[known]
     assert functional.cross_entropy(scores, batch.items[known]) < 0.1
 
 

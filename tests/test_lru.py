@@ -137,7 +137,8 @@ def naive(model: LRU, tokens: list[Floats]) -> list[Floats]:
 def test_the_model_follows_its_equations(dtype: torch.dtype, tolerance: float) -> None:
     exact = small().double()
     model = small().to(dtype)
-    vectors, state = model(Batch.from_histories(HISTORIES))
+    batch = Batch.from_histories(HISTORIES)
+    vectors, (_, state) = model(batch), model.encode(batch)
     scores = model.read(vectors).detach().double()
     table, bias = exact.items.weight.detach().numpy(), exact.item_bias.detach().numpy()
     (first,) = naive(exact, [exact.start.detach().numpy()])
@@ -185,7 +186,7 @@ def test_loss_and_gradients_are_those_of_the_published_form(
     theirs = published.PublishedLRU(ours).eval()
     batch = Batch.from_histories(HISTORIES)
     items, labels = padded(padding)
-    vectors, _ = ours(batch)
+    vectors = ours(batch)
     logits = theirs(items)[labels > 0]
     torch.testing.assert_close(ours.read(vectors), logits, atol=1e-4, rtol=1e-4)
 
@@ -217,10 +218,10 @@ def test_loss_and_gradients_are_those_of_the_published_form(
 
 def test_the_first_event_is_told_alike_whatever_stands_beside_it() -> None:
     model = small()
-    alone = model(Batch.from_histories([[4]]))[0][0]
+    alone = model(Batch.from_histories([[4]]))[0]
     for histories in ([[7, 7, 7], [4]], [[], [4], []], [[4, 4], [1]]):
         batch = Batch.from_histories(histories)
-        vectors = model(batch)[0]
+        vectors = model(batch)
         busy = batch.offsets[:-1][batch.lengths > 0]
         for first in busy.tolist():
             torch.testing.assert_close(vectors[first], alone, atol=1e-6, rtol=1e-6)
@@ -237,7 +238,7 @@ def test_the_first_loss_is_that_of_a_guess() -> None:
     torch.manual_seed(0)
     model = LRU(LRUConfig(num_items=500))
     batch = Batch.from_histories(torch.randint(500, (20, 30)).tolist())
-    loss = full_softmax(model(batch)[0], model.item_head(), batch.items)
+    loss = full_softmax(model(batch), model.item_head(), batch.items)
     assert float(loss.detach()) == pytest.approx(math.log(500), abs=0.05)
 
 
@@ -287,9 +288,9 @@ def test_a_step_costs_the_same_after_any_history() -> None:
 def test_the_recurrent_state_is_wide_under_narrow_products() -> None:
     model = small()
     batch = Batch.from_histories(HISTORIES)
-    wide, _ = model(batch)
+    wide = model(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        vectors, state = model(batch)
+        vectors, (_, state) = model(batch), model.encode(batch)
     assert {field.dtype for field in state} == {torch.float32}
     torch.testing.assert_close(vectors.float(), wide, atol=0.1, rtol=0.1)
 
@@ -297,10 +298,11 @@ def test_the_recurrent_state_is_wide_under_narrow_products() -> None:
 def test_no_user_and_no_event() -> None:
     model = small()
     nobody = Batch.from_histories([])
-    vectors, state = model(nobody)
+    vectors, (_, state) = model(nobody), model.encode(nobody)
     assert vectors.shape == (0, 6)
     assert state.hidden.shape == (0, 2, 20)
-    vectors, state = model(Batch.from_histories([[], []]))
+    silent = Batch.from_histories([[], []])
+    vectors, (_, state) = model(silent), model.encode(silent)
     assert vectors.shape == (0, 6)
     assert torch.equal(state.user, model.initial_state(2).user)
     for training in (True, False):

@@ -173,25 +173,25 @@ class DropsOutputs(Tiny):
 
 class SeesTarget(Tiny):
     def forward(self, events, state=None):
-        return self.encode(events, state)
+        return self.encode(events, state)[0]
 
 
 class PeeksAtTarget(Tiny):
     """Nearly right: the target moves the training output by a millionth."""
 
     def forward(self, events, state=None):
-        vectors, final = super().forward(events, state)
-        return vectors + 1e-6 * self.items[events.items], final
+        vectors = super().forward(events, state)
+        return vectors + 1e-6 * self.items[events.items]
 
 
 class TrainsFromBlank(Tiny):
     """The first event of a carried history is trained as if it were the first ever."""
 
     def forward(self, events, state=None):
-        vectors, final = super().forward(events, state)
+        vectors = super().forward(events, state)
         busy = events.offsets[:-1][events.lengths > 0]
         blank = self.initial_state(1).user.expand(len(busy), -1)
-        return vectors.index_copy(0, busy, blank), final
+        return vectors.index_copy(0, busy, blank)
 
 
 class ServesTime(Tiny):
@@ -396,8 +396,8 @@ class TargetsAction(WithFields):
     """Training sees the action of the event that it is to predict."""
 
     def forward(self, events, state=None):
-        vectors, final = super().forward(events, state)
-        return vectors * self.actions[events.fields["action"]][:, None], final
+        vectors = super().forward(events, state)
+        return vectors * self.actions[events.fields["action"]][:, None]
 
 
 def test_event_fields_are_drawn() -> None:

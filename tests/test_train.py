@@ -24,8 +24,11 @@ from everlong.events import Events, read_events
 from everlong.interrupt import Interrupted
 from everlong.model import UserModel
 from everlong.models.gru4rec import GRU4Rec, GRU4RecConfig
+from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.lru import LRU, LRUConfig
 from everlong.models.markov import Markov, MarkovConfig
+from everlong.models.persrec import PerSRec, PerSRecConfig
+from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
 from everlong.models.popularity import Popularity, PopularityConfig
 from everlong.models.sasrec import SASRec, SASRecConfig
 from everlong.sources.synthetic import markov_chain, markov_transitions
@@ -500,8 +503,11 @@ def test_nothing_to_learn_from_is_an_error() -> None:
     [
         GRU4Rec(GRU4RecConfig(num_items=ITEMS, dim=6, hidden=6)),
         SASRec(SASRecConfig(num_items=ITEMS, dim=8, heads=2, layers=1, window=12)),
+        HSTU(HSTUConfig(num_items=ITEMS, dim=8, window=12)),
+        PerSRec(PerSRecConfig(num_items=ITEMS, dim=8, segment=6, keep=2)),
+        PaperPerSRec(PaperPerSRecConfig(num_items=ITEMS, dim=8, placement=((6, 2),), recent=4)),
     ],
-    ids=["gru4rec", "sasrec"],
+    ids=["gru4rec", "sasrec", "hstu", "persrec", "persrec_paper"],
 )
 def test_other_models_learn_and_resume_too(
     model: UserModel, precision: str, tmp_path: Path

@@ -125,7 +125,7 @@ def _train_speed(model: UserModel, threads: int, seconds: float) -> Speed:
     events = _histories(model.num_items)
 
     def update() -> None:
-        vectors, _ = model(events)
+        vectors = model(events)
         full_softmax(vectors, model.item_head(), events.items).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 

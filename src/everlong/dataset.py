@@ -25,11 +25,13 @@ class TrainBatch:
         labels: ``[N]`` bool, True where the event is to be predicted.
         carried: row 0 goes on where the last row of the batch before it stopped, so it starts
             from that row's state; all other rows start from a fresh state.
+        continues: the last row stops before its segment does, which goes on in the next batch.
     """
 
     events: Batch
     labels: Tensor
     carried: bool
+    continues: bool
 
 
 class Pieces(NamedTuple):
@@ -136,6 +138,7 @@ class Dataset:
             events=gather(self.events, start, stop),
             labels=torch.from_numpy(position >= label_start),
             carried=bool(plan.begin[chosen][0] > 0),
+            continues=bool(stop[-1] < self.segments.stop[row[-1]]),
         )
 
 

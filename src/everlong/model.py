@@ -73,16 +73,16 @@ class UserModel(nn.Module):
         """Reads one event of each user: ``events`` holds exactly one event a user."""
         return self.encode(events, state)[1]
 
-    def forward(self, events: Batch, state: State | None = None) -> tuple[Tensor, State]:
+    def forward(self, events: Batch, state: State | None = None) -> Tensor:
         """The training path: the user vector *before* each event, all events at once.
 
         Returns:
-            ``[N, D]``, row n from what precedes event n alone (law 7), and the final state.
+            ``[N, D]``, row n from what precedes event n alone (law 7).
         """
         if state is None:
             state = self.initial_state(events.num_users)
-        outputs, final = self.encode(events, state)
-        return shift(outputs, self.user(state), events.offsets), final
+        outputs, _ = self.encode(events, state)
+        return shift(outputs, self.user(state), events.offsets)
 
     def user(self, state: State) -> Tensor:
         """The user vector of a state, ``[B, D]``."""

@@ -28,6 +28,7 @@ from everlong.batch import Batch
 from everlong.checkpoint import Checkpoint, Position
 from everlong.config import Settings, unknown
 from everlong.dataset import Dataset, TrainBatch
+from everlong.encode import serving
 from everlong.interrupt import Interrupted, deferred_interrupt
 from everlong.losses import NegativeSampler, full_softmax, sampled_softmax
 from everlong.model import CountingModel, UserModel
@@ -149,10 +150,8 @@ def _count(
     model.eval()
     carried: State | None = None
     for batch in dataset.batches(config.batch_events, seed=config.seed, epoch=0):
-        events = batch.events.to(device)
-        state = _first_states(model, batch, carried)
-        model.observe(events, state)
-        carried = _state_of(model.encode(events, state)[1], batch.events.num_users - 1)
+        model.observe(batch.events.to(device), _first_states(model, batch, carried))
+        carried = _last_state(model, batch, carried, device)
     return TrainResult(best_epoch=0, best_score=math.nan, epochs=1)
 
 
@@ -164,9 +163,17 @@ def _first_states(model: UserModel, batch: TrainBatch, carried: State | None) ->
     return states.put(fresh, torch.tensor([0], device=carried[0].device), carried)
 
 
-def _state_of(final: State, row: int) -> State:
-    """The state of one row of a batch, without what led to it."""
-    return states.take(states.detach(final), torch.tensor([row], device=final[0].device))
+def _last_state(
+    model: UserModel, batch: TrainBatch, carried: State | None, device: torch.device
+) -> State | None:
+    """The state after the last row where it goes on in the next batch, as it would be served."""
+    if not batch.continues:
+        return None
+    events, last = batch.events, batch.events.num_users - 1
+    begin, end = (int(events.offsets[last + n]) for n in (0, 1))
+    row = events.select(torch.arange(begin, end), torch.tensor([0, end - begin])).to(device)
+    with serving(model):
+        return model.encode(row, carried if batch.carried and last == 0 else None)[1]
 
 
 def _filled_up(piece: TrainBatch) -> TrainBatch:
@@ -267,16 +274,16 @@ class _Run:
 
     def _accumulate(self, piece: TrainBatch) -> tuple[float, int]:
         """Adds the gradient of a piece's summed loss; returns that sum and its labels."""
-        number, last = int(piece.labels.sum()), piece.events.num_users - 1
+        number, carried = int(piece.labels.sum()), self.carried
+        with self.loss.compute():
+            self.carried = _last_state(self.model, piece, carried, self.device)
         if self.loss.dtype != torch.float32 and self.device.type == "cpu":
             piece = _filled_up(piece)
         events = piece.events.to(self.device)
-        state = _first_states(self.model, piece, self.carried)
-        with self.loss.compute():
-            vectors, final = self.model(events, state)
-        self.carried = _state_of(final, last)
         if number == 0:
             return 0.0, 0
+        with self.loss.compute():
+            vectors = self.model(events, _first_states(self.model, piece, carried))
         loss = self.loss(vectors, events.items, piece.labels.to(self.device)) * number
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), number
@@ -432,7 +439,7 @@ class _NextItemLoss:
             self.dtype = dtype
             # only negatives are drawn here, and from the CPU's generator
             with torch.random.fork_rng(devices=[]), torch.no_grad(), self.compute():
-                losses[dtype] = float(self(self.model(events)[0], events.items, labels))
+                losses[dtype] = float(self(self.model(events), events.items, labels))
         difference = abs(losses[narrow] - losses[torch.float32])
         self.dtype = narrow if difference <= 1e-2 * losses[torch.float32] else torch.float32
         log.info(

@@ -18,6 +18,9 @@ BUILTIN: Mapping[str, str] = MappingProxyType(
         "sasrec": "everlong.models.sasrec:SASRec",
         "gru4rec": "everlong.models.gru4rec:GRU4Rec",
         "lru": "everlong.models.lru:LRU",
+        "hstu": "everlong.models.hstu:HSTU",
+        "persrec": "everlong.models.persrec:PerSRec",
+        "persrec_paper": "everlong.models.persrec_paper:PaperPerSRec",
     }
 )
 """Name of each model and where its class is."""

@@ -63,7 +63,7 @@ class Markov(CountingModel):
 
     def observe(self, events: Batch, state: MarkovState | None = None) -> None:  # type: ignore[override]
         """Adds the pairs of neighbouring events of each user, and the events, to the counts."""
-        items, before = events.items, self(events, state)[0].squeeze(1)
+        items, before = events.items, self(events, state).squeeze(1)
         known = before != NO_ITEM
         last, following = before[known], items[known]
         pairs, counts = torch.unique(last * self.num_items + following, return_counts=True)

@@ -163,7 +163,7 @@ def same_users(case: Case, what: str, given: tuple[Batch, State], rows: Tensor) 
     )
     case.same(f"outputs {what}", outputs[index], own_outputs)
     case.same_state(f"states {what}", states.take(final, rows), own_final)
-    trained, own_trained = model.forward(events, state)[0], model.forward(part, own)[0]
+    trained, own_trained = model.forward(events, state), model.forward(part, own)
     case.same(f"training outputs {what}", trained[index], own_trained)
     at = torch.full_like(case.draw.users, LATER_S)
     scores, own_scores = model.score(final, at=at), model.score(own_final, at=at[rows])
@@ -296,9 +296,7 @@ def trained_is_served(case: Case) -> None:
     model, draw = case.model, case.draw
     for start, state in case.starts():
         events = case.events()
-        trained, final = model.forward(events, state)
-        encoded = model.encode(events, state)[1]
-        case.same_state(f"final states of encode and forward {start}", encoded, final)
+        trained = model.forward(events, state)
         items = draw.candidates(events.num_events)
         over_all, over_some = model.read(trained), model.read(trained, items)
         what = f"in serving and in training {start}"
@@ -312,7 +310,7 @@ def trained_is_served(case: Case) -> None:
         target, none = draw.up_to((events.lengths - 1).clamp(min=0)), torch.zeros_like(draw.users)
         _, early = pick(events, draw.users, none, target)
         other = replace(case.events(events.lengths), times=events.times)
-        replaced, _ = model.forward(graft(other, early, events, early), state)
+        replaced = model.forward(graft(other, early, events, early), state)
         _, upto = pick(events, draw.users, none, (target + 1).minimum(events.lengths))
         what = f"training outputs {start}, target replaced"
         case.same(what, trained[upto], replaced[upto])

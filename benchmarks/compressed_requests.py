@@ -1,0 +1,111 @@
+"""The cost of a request: from cached summaries and recent events, against the whole history.
+
+    python benchmarks/compressed_requests.py
+
+One core, histories of p + r = 1,024 + 256 events, 4 tokens, one request at a time and 64 at once.
+Only the user vector is made; ranking the catalogue costs the same in all cases and is left out.
+The limit (arXiv 2601.03479): of 1,280 rows of matrix products 256 are left, 20 %, and of 819,840
+pairs of query and key 33,920, 4.1 %.
+
+Measured side by side, in turns:
+
+* whole: HSTU reads all 1,280 events again (the published baseline);
+* cached: PerSRec as published reads 256 recent events beside the summary of 1,024;
+* stream: PerSRec on a stream at its fullest, 256 + 64 events and one summary of 256;
+* ring: HSTU keeps keys and values of all 1,280 events and computes the newest alone.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numba
+import torch
+
+from everlong.batch import Batch
+from everlong.encode import serving
+from everlong.model import UserModel
+from everlong.models.hstu import HSTU, HSTUConfig
+from everlong.models.persrec import PerSRec, PerSRecConfig
+from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
+from everlong.state import bytes_per_user
+from record import write_result
+
+ITEMS, PAST, RECENT, TOKENS = 10_000, 1_024, 256, 4
+SHAPES = {
+    "3 layers, 2 heads": {"layers": 3, "heads": 2, "dim": 64},
+    "16 layers, 8 heads (published)": {"layers": 16, "heads": 8, "dim": 64},
+}
+ROUNDS = 15
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    figures: dict[str, Any] = {"threads": 1, "past": PAST, "recent": RECENT, "tokens": TOKENS}
+    for name, shape in SHAPES.items():
+        figures[name] = {f"batch {users}": compare(shape, users) for users in (1, 64)}
+        print(name, json.dumps(figures[name], indent=1), flush=True)
+    print("written to", write_result("compressed_requests", figures))
+
+
+def compare(shape: dict[str, int], users: int) -> dict[str, Any]:
+    """Median milliseconds of a request for ``users`` users, and ratios to the whole history."""
+    total = PAST + RECENT
+    items = torch.randint(ITEMS, (users, total), generator=torch.Generator().manual_seed(0))
+    # an event an hour
+    times = (torch.arange(total) * 3_600).expand(users, -1)
+    batch = Batch(
+        items=items.flatten(), times=times.flatten(), offsets=torch.arange(users + 1) * total
+    )
+    at = times[:, -1] + 60
+    torch.manual_seed(0)
+    hstu = HSTU(HSTUConfig(num_items=ITEMS, window=total, **shape))
+    paper = PaperPerSRec(
+        PaperPerSRecConfig(num_items=ITEMS, placement=((PAST, TOKENS),), recent=RECENT, **shape)
+    )
+    stream = PerSRec(PerSRecConfig(num_items=ITEMS, segment=RECENT, keep=64, **shape))
+    states, calls = {}, {}
+    for name, model in (("cached", paper), ("stream", stream), ("ring", hstu)):
+        with serving(model):
+            _, states[name] = model.encode(batch)
+        calls[name] = request(model, states[name], at)
+    # the rest of a segment and what is kept of the one before: as many events as there ever are
+    calls["whole"] = lambda: hstu(batch)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with serving(hstu), serving(paper), serving(stream):
+        for number in range(ROUNDS + 2):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                if number >= 2:
+                    seconds[name].append(time.perf_counter() - began)
+    found = {name: median(values) for name, values in seconds.items()}
+    return {
+        "milliseconds": {name: round(1e3 * value, 3) for name, value in found.items()},
+        "ratio to whole": {
+            name: round(
+                median(a / b for a, b in zip(seconds[name], seconds["whole"], strict=True)), 4
+            )
+            for name in found
+        },
+        "events read": {
+            "whole": total,
+            "cached": RECENT,
+            "stream": int(states["stream"].filled[0]),
+            "ring": 1,
+        },
+        "bytes_per_user": {name: bytes_per_user(state) for name, state in states.items()},
+    }
+
+
+def request(model: UserModel, state: Any, at: torch.Tensor) -> Callable[[], object]:
+    return lambda: model.user(state, at)  # type: ignore[call-arg]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,356 @@
+"""PerSRec over HSTU as published (arXiv 2601.03479): the past is cut off from the newest event.
+
+The last r events are recent; the p events before them are the past, in one segment or several,
+each read by its own learned tokens. Predictions come from the recent events and the summaries.
+Where the cut stands depends on how many events there are: each further event moves it, and the
+summaries with it, so a summary that is not made anew grows old. ``persrec`` cuts where it never
+has to.
+
+State: summaries of the past, ``8 L K D`` bytes, and the last p + r events from which they are made
+anew, ``12 (p + r)``: 4 KB and 15 KB at L = 2, K = 4, D = 64, p = 1,024, r = 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everlong import state as states
+from everlong.batch import Batch
+from everlong.model import ItemHead, UserModel, shift
+from everlong.models.hstu import BackboneConfig, next_times
+from everlong.models.persrec import Reader, Segments, Summaries, check_depth, rows_of, runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperPerSRecConfig(BackboneConfig):
+    """Architecture of PerSRec as published.
+
+    Attributes:
+        placement: ``(offset, k)`` in order: after the first ``offset`` events of the past stand k
+            learned tokens, which read the events since the offset before. The last offset is p.
+        recent: events r after the past.
+        refresh: the summaries are made anew once so many events have come since; until then
+            the oldest recent events drop out unread, as many as have come.
+        max_gap: in training, up to so many events between past and recent ones, drawn anew for
+            each user, are seen by neither; a model that is refreshed seldom should know gaps.
+    """
+
+    placement: tuple[tuple[int, int], ...] = ((256, 4),)
+    recent: int = 64
+    refresh: int = 1
+    max_gap: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_depth(self)
+        if not self.placement:
+            raise ValueError(
+                "tokens stand somewhere: expected a placement of at least one (offset, tokens), "
+                "received none; ((256, 4),) puts 4 after 256 events"
+            )
+        offset = 0
+        for place, tokens in self.placement:
+            if place <= offset:
+                raise ValueError(
+                    "each segment needs events: expected offsets with 0 < offset_1 < offset_2 < "
+                    f"..., received {place} after {offset}"
+                )
+            if tokens < 1:
+                raise ValueError(f"expected tokens >= 1 at offset {place}, received {tokens}")
+            offset = place
+        for name, least in (("recent", 1), ("refresh", 1), ("max_gap", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"expected {name} >= {least}, received {getattr(self, name)}")
+
+    @property
+    def past(self) -> int:
+        """Events p of the past."""
+        return self.placement[-1][0]
+
+    @property
+    def tokens(self) -> int:
+        """Learned tokens K of all segments."""
+        return sum(tokens for _, tokens in self.placement)
+
+
+class PaperPerSRecState(NamedTuple):
+    """What the published PerSRec remembers of a user."""
+
+    keys: Tensor  # [B, K, L, D], the newest last
+    values: Tensor  # [B, K, L, D]
+    token_times: Tensor  # [B, K] int64, when the last event of each token's segment was
+    tokens: Tensor  # [B] int64, how many of the last tokens there are
+    items: Tensor  # [B, p + r] int32, the newest last
+    times: Tensor  # [B, p + r] int64
+    filled: Tensor  # [B] int64, how many of the last places are filled
+    age: Tensor  # [B] int64, events since the summaries were made
+
+
+class Cuts(NamedTuple):
+    """Where the histories of B users, counted from the oldest event at hand, are cut."""
+
+    held: Tensor  # [B] events
+    past_end: Tensor  # [B], where the past ends
+    recent: Tensor  # [B] first recent event; between the two is the gap
+
+
+class PaperPerSRec(UserModel):
+    """PerSRec over HSTU, as published.
+
+    All events of a batch are predicted: recent ones from summaries and what is recent before them,
+    those of the past from their own segment and the summaries of earlier ones. What is older than
+    p + r is read in segments of p without summaries.
+    """
+
+    exemptions: ClassVar[Mapping[int, str]] = MappingProxyType(
+        {
+            2: "step leaves the summaries as they are until they are made anew",
+            3: "the cut is counted from the newest event of a call",
+            4: "a later event moves the cut, and with it what an earlier one has seen",
+            7: "training cuts once for all targets of a history, serving once for each",
+        }
+    )
+
+    def __init__(self, config: PaperPerSRecConfig) -> None:
+        super().__init__(config.num_items)
+        self.config = config
+        longest = max(config.past, config.recent, config.max_gap)
+        most = max(tokens for _, tokens in config.placement)
+        self.reader = Reader(
+            config, num_tokens=config.tokens, columns=config.tokens, length=longest + most
+        )
+
+    def initial_state(self, num_users: int) -> PaperPerSRecState:
+        """No events and no summaries."""
+        config, start = self.config, self.reader.backbone.start
+        shape = (num_users, config.tokens, config.layers, config.dim)
+        whole = torch.zeros(num_users, dtype=torch.int64, device=start.device)
+        times = whole[:, None].repeat(1, config.past + config.recent)
+        return PaperPerSRecState(
+            start.new_zeros(shape),
+            start.new_zeros(shape),
+            whole[:, None].repeat(1, config.tokens),
+            whole,
+            times.to(torch.int32),
+            times,
+            whole.clone(),
+            whole.clone(),
+        )
+
+    def encode(  # type: ignore[override]
+        self, events: Batch, state: PaperPerSRecState | None = None
+    ) -> tuple[Tensor, PaperPerSRecState]:
+        """Outputs ``[N, D]`` after each event, and the states, with summaries made anew."""
+        if state is None:
+            state = self.initial_state(events.num_users)
+        cuts = self._cuts(state.filled + events.lengths)
+        outputs, made, tokens = self._read(state, events, cuts, events.times)
+        busy = events.lengths > 0
+        final = self._append(state, events)
+        summed = self._with_summaries(final, made, tokens)
+        return outputs, type(state)(
+            *(
+                torch.where(busy.view(-1, *[1] * (new.dim() - 1)), new, old)
+                for new, old in zip(summed, state, strict=True)
+            )
+        )
+
+    def forward(self, events: Batch, state: PaperPerSRecState | None = None) -> Tensor:  # type: ignore[override]
+        """The user vector ``[N, D]`` before each event, at the time of that event."""
+        if state is None:
+            state = self.initial_state(events.num_users)
+        if events.num_events == 0:
+            return self.reader.backbone.start.new_zeros(0, self.config.dim)
+        held = state.filled + events.lengths
+        cuts = self._random_cuts(held) if self.training else self._cuts(held)
+        outputs, _, _ = self._read(state, events, cuts, next_times(events))
+        first = events.times[events.offsets[:-1].clamp(max=events.num_events - 1)]
+        return shift(outputs, self.user(state, first), events.offsets)
+
+    def step(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:  # type: ignore[override]
+        """Appends one event of each user; makes summaries anew that are due."""
+        state = self._append(state, events)
+        due = (state.age >= self.config.refresh).nonzero().flatten()
+        if due.numel():
+            state = states.put(state, due, self.refresh(states.take(state, due)))
+        return state
+
+    def refresh(self, state: PaperPerSRecState) -> PaperPerSRecState:
+        """The states with summaries made anew, of the p events before the last r."""
+        none = state.filled[:0]
+        offsets = torch.zeros(state.filled.numel() + 1, dtype=torch.int64, device=none.device)
+        nothing = Batch(items=none, times=none, offsets=offsets)
+        _, made, tokens = self._read(state, nothing, self._cuts(state.filled), none)
+        return self._with_summaries(state, made, tokens)
+
+    def user(self, state: PaperPerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
+        config, some = self.config, state.filled.nonzero().flatten()
+        vectors = self.reader.nobody().expand(state.filled.numel(), -1)
+        if some.numel() == 0:
+            return vectors
+        state = states.take(state, some)
+        at = state.times[:, -1] if at is None else at[some]
+        length = state.filled.clamp(max=config.recent)
+        row = runs(torch.full_like(length, state.items.shape[1]) - length, length)
+        owner = rows_of(length)
+        none = torch.zeros_like(length)
+        segments = Segments(
+            state.items[owner, row].long(),
+            state.times[owner, row],
+            length,
+            length - 1,
+            none,
+            none,
+            none[:0],
+            torch.arange(state.token_times.numel(), device=none.device).view_as(state.token_times),
+            config.tokens - state.tokens,
+        )
+        carried = Summaries(
+            state.keys.flatten(0, 1), state.values.flatten(0, 1), state.token_times.flatten()
+        )
+        outputs, _ = self.reader(segments, carried, at)
+        return vectors.index_copy(0, some, outputs)
+
+    def score(  # type: ignore[override]
+        self, state: PaperPerSRecState, items: Tensor | None = None, at: Tensor | None = None
+    ) -> Tensor:
+        """Scores at the time of the request."""
+        return self.read(self.user(state, at), items)
+
+    def item_head(self) -> ItemHead:
+        """The embedding table, tied, as unit vectors."""
+        return self.reader.backbone.item_head()
+
+    def _cuts(self, held: Tensor) -> Cuts:
+        recent = (held - self.config.recent).clamp(min=0)
+        return Cuts(held, recent, recent)
+
+    def _random_cuts(self, held: Tensor) -> Cuts:
+        """Between r / 2 and r recent events, and a gap of up to ``max_gap`` before them."""
+        config, shape = self.config, held.shape
+        draw = torch.randint((config.recent + 1) // 2, config.recent + 1, shape).to(held.device)
+        gap = torch.randint(0, config.max_gap + 1, shape).to(held.device)
+        recent = (held - draw).clamp(min=0)
+        return Cuts(held, (recent - gap).clamp(min=0), recent)
+
+    def _read(
+        self, state: PaperPerSRecState, events: Batch, cuts: Cuts, query_times: Tensor
+    ) -> tuple[Tensor, Summaries, Tensor]:
+        """Outputs after the new events, new summaries, and how many tokens each user has."""
+        pieces = self._pieces(cuts)
+        length = pieces.end - pieces.begin
+        row, owner = runs(pieces.begin, length), pieces.user.repeat_interleave(length)
+        room, held = state.items.shape[1], state.filled[owner]
+        new = state.items.numel() + events.offsets[owner] + row - held
+        source = torch.where(row < held, owner * room + room - held + row, new)
+        # tokens that a segment sees: those of its user's segments before it
+        tokens = torch.zeros_like(held[:0]).new_zeros(cuts.held.numel())
+        tokens = tokens.index_add(0, pieces.user, pieces.tokens)
+        before = pieces.tokens.cumsum(0) - pieces.tokens
+        base = tokens.cumsum(0) - tokens
+        visible = before - base[pieces.user]
+        visible = visible.masked_fill(~pieces.sighted, 0)
+        most = int(visible.max()) if visible.numel() else 0
+        column = torch.arange(most, device=row.device)
+        hidden = most - visible
+        columns = (before - most)[:, None] + column
+        segments = Segments(
+            torch.cat([state.items.flatten().long(), events.items])[source],
+            torch.cat([state.times.flatten(), events.times])[source],
+            length,
+            (state.filled[pieces.user] - pieces.begin).clamp(min=0).minimum(length),
+            torch.where(pieces.tokens > 0, length, 0),
+            pieces.tokens,
+            runs(pieces.token_row, pieces.tokens),
+            columns.masked_fill(column < hidden[:, None], 0),
+            hidden,
+        )
+        nothing = Summaries(state.keys[:0, 0], state.values[:0, 0], state.times[:0, 0])
+        outputs, made = self.reader(segments, nothing, query_times)
+        return outputs, made, tokens
+
+    def _pieces(self, cuts: Cuts) -> Pieces:
+        """Segments of every user: older than the past, past, gap and recent."""
+        config = self.config
+        users = torch.arange(cuts.held.numel(), device=cuts.held.device)
+        some = users[cuts.held > 0]
+        found = []
+        oldest = (cuts.past_end - config.past).clamp(min=0)
+        count = -(-oldest // config.past)
+        user = rows_of(count)
+        begin = runs(torch.zeros_like(count), count) * config.past
+        found.append(Pieces.plain(user, begin, (begin + config.past).minimum(oldest[user]), False))
+        offset = token = 0
+        for place, number in config.placement:
+            begin = (cuts.past_end - config.past + offset).clamp(min=0)[some]
+            end = (cuts.past_end - config.past + place).clamp(min=0)[some]
+            # the published code gives tokens to an empty segment too, which read nothing
+            tokens = torch.where(end > begin, number, 0)
+            row = torch.full_like(tokens, token)
+            found.append(Pieces(some, begin, end, tokens, row, torch.ones_like(row).bool()))
+            offset, token = place, token + number
+        for begin, end in ((cuts.past_end, cuts.recent), (cuts.recent, cuts.held)):
+            found.append(Pieces.plain(some, begin[some], end[some], True))
+        joined = Pieces(*(torch.cat(values) for values in zip(*found, strict=True)))
+        joined = Pieces(*(values[joined.end > joined.begin] for values in joined))
+        # the order of users, and of each user's segments
+        order = torch.argsort(joined.begin, stable=True)
+        order = order[torch.argsort(joined.user[order], stable=True)]
+        return Pieces(*(values[order] for values in joined))
+
+    def _append(self, state: PaperPerSRecState, events: Batch) -> PaperPerSRecState:
+        """The states after the events, with the summaries as they are."""
+        room, lengths = state.items.shape[1], events.lengths
+        number = torch.arange(room, device=lengths.device) - room + lengths[:, None]
+        new = number >= 0
+        user, place = new.nonzero(as_tuple=True)
+        row = events.offsets[user] + number[user, place]
+        kept = (number + room).clamp(max=room - 1)
+        return state._replace(
+            items=state.items.gather(1, kept).masked_scatter(
+                new, events.items[row].to(torch.int32)
+            ),
+            times=state.times.gather(1, kept).masked_scatter(new, events.times[row]),
+            filled=(state.filled + lengths).clamp(max=room),
+            age=state.age + lengths,
+        )
+
+    def _with_summaries(
+        self, state: PaperPerSRecState, made: Summaries, tokens: Tensor
+    ) -> PaperPerSRecState:
+        """The states with these summaries, the newest last, in place of what they had."""
+        most = self.config.tokens
+        place = torch.arange(most, device=tokens.device) >= most - tokens[:, None]
+        user, column = place.nonzero(as_tuple=True)
+        where = (user, column)
+        return state._replace(
+            keys=torch.zeros_like(state.keys).index_put(where, made.keys),
+            values=torch.zeros_like(state.values).index_put(where, made.values),
+            token_times=torch.zeros_like(state.token_times).index_put(where, made.times),
+            tokens=tokens,
+            age=torch.zeros_like(state.age),
+        )
+
+
+class Pieces(NamedTuple):
+    """Segments of users' events."""
+
+    user: Tensor  # [S] batch row
+    begin: Tensor  # [S] first event
+    end: Tensor  # [S] one past the last
+    tokens: Tensor  # [S] tokens that read it
+    token_row: Tensor  # [S] the first of these among the learned tokens
+    sighted: Tensor  # [S] bool, whether it sees earlier tokens
+
+    @staticmethod
+    def plain(user: Tensor, begin: Tensor, end: Tensor, sighted: bool) -> Pieces:
+        """Segments without tokens of their own."""
+        none = torch.zeros_like(user)
+        return Pieces(user, begin, end, none, none, torch.full_like(user, sighted).bool())

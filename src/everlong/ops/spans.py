@@ -1,0 +1,83 @@
+"""Runs of queries with the keys that they may see, put into blocks of few shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from everlong.ops.pointwise_attention import Blocks
+
+QUERIES = 128
+"""Most queries of a span: keys are gathered once for all of them, and a span of a causal run
+computes up to half of so many columns in vain."""
+
+SHORT = 16
+"""Spans with up to so many keys share a block."""
+
+
+class Spans(NamedTuple):
+    """R runs of queries, each with one run of keys.
+
+    Query n of a span stands in row ``row + n`` of the queries. It sees ``prefix + n + 1`` columns
+    of the span's keys but for those before ``first``, and of these the last ``window`` alone.
+    """
+
+    owner: Tensor  # [R] what the keys are found by, such as a batch row
+    row: Tensor  # [R] row of the first query
+    queries: Tensor  # [R] number of queries, at least one
+    prefix: Tensor  # [R] columns before that of the first query
+    first: Tensor  # [R] first visible column
+
+
+def split_runs(lengths: Tensor, most: int = QUERIES) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of ``lengths [B]`` cut into pieces of at most ``most``.
+
+    Returns:
+        Of each piece its run, where it begins in the run, and its length: ``[R]`` each.
+    """
+    count = -(-lengths // most)
+    run = torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(count)
+    begin = (torch.arange(run.numel(), device=run.device) - (count.cumsum(0) - count)[run]) * most
+    return run, begin, (lengths[run] - begin).clamp(max=most)
+
+
+def make_plan(
+    spans: Spans, keys_at: Callable[[Tensor, Tensor], Tensor], window: int | None = None
+) -> list[Blocks]:
+    """Blocks of spans with similar numbers of keys, which waste about a fifth of their places.
+
+    Args:
+        spans: the runs.
+        keys_at: rows of the keys, from the spans' owners ``[R, 1]`` and columns ``[R, C]``.
+        window: most columns that a query sees; None = all.
+    """
+    width = spans.prefix + spans.queries
+    order = torch.argsort(width, stable=True)
+    known = width[order].tolist()
+    plan, low = [], 0
+    while low < len(known):
+        longest, high = max(SHORT, known[low] * 5 // 4), low
+        while high < len(known) and known[high] <= longest:
+            high += 1
+        plan.append(_block(Spans(*(v[order[low:high]] for v in spans)), keys_at, window))
+        low = high
+    return plan
+
+
+def _block(spans: Spans, keys_at: Callable[[Tensor, Tensor], Tensor], window: int | None) -> Blocks:
+    device, last = spans.row.device, spans.queries[:, None] - 1
+    width = spans.prefix + spans.queries
+    query = torch.arange(int(spans.queries.max()), device=device)
+    column = torch.arange(int(width.max()), device=device)
+    nth = query.minimum(last)
+    stop = spans.prefix[:, None] + nth + 1
+    first = spans.first[:, None].expand_as(stop)
+    if window is not None:
+        first = first.maximum(stop - window)
+    # padding repeats the last column; where a span has none before ``first`` it is never seen
+    columns = column.minimum(width[:, None] - 1).maximum(spans.first[:, None])
+    keys = keys_at(spans.owner[:, None], columns)
+    return Blocks(spans.row[:, None] + nth, keys, first, stop, query <= last)
