@@ -108,7 +108,7 @@ def test_every_event_is_a_target_once_and_no_target_is_a_token() -> None:
     outputs, _ = model.encode(Batch.from_histories([items], [[0] * 14]))
     assert trained.shape[0] == len(items)
     torch.testing.assert_close(trained[1:], outputs[:-1])
-    torch.testing.assert_close(trained[0], model.reader.nobody())
+    torch.testing.assert_close(trained[0], model.reader.backbone.nobody())
 
 
 def test_training_draws_cuts_and_gaps() -> None:

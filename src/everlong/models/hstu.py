@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from everlong import state as states
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel, shift
 from everlong.ops.dropout import Dropout
@@ -193,6 +194,11 @@ class Backbone(nn.Module):
         entered: Tensor = self.dropout(values)
         return entered
 
+    def nobody(self) -> Tensor:
+        """The user vector ``[D]`` of users without events: the start vector, which sees nothing."""
+        vector: Tensor = self.user(self.layers[-1].alone(self.start))  # type: ignore[operator]
+        return vector
+
     def user(self, values: Tensor) -> Tensor:
         """User vectors ``[N, D]`` of length 1 / temperature, from the output of the last layer."""
         sharpness = self.log_sharpness_bias.clamp(max=math.log(100.0)).exp()
@@ -253,23 +259,24 @@ class HSTU(UserModel):
 
         The last layer alone is computed: ``W D`` multiply-adds twice, whatever the history.
         """
-        window, (users, layers) = self.config.window, state.keys.shape[:2]
-        rows = torch.arange(users, device=state.seen.device)
+        window, some = self.config.window, state.seen.nonzero().flatten()
+        vectors = self.backbone.nobody().expand(state.seen.numel(), -1)
+        if some.numel() == 0:
+            return vectors
+        state = states.take(state, some)
         visible = state.seen.clamp(max=window)
-        some = visible > 0
-        if at is None:
-            at = state.times[rows, (state.seen - 1) % window]
-        one = torch.ones_like(rows)[some]
-        spans = Spans(rows[some], rows[some], one, (visible - 1)[some], one * 0)
+        rows, zero = torch.arange(some.numel(), device=some.device), torch.zeros_like(some)
         plan = make_plan(
-            spans,
+            Spans(rows, rows, zero + 1, visible - 1, zero),
             lambda user, column: (
                 user * window + (state.seen[user] - visible[user] + column) % window
             ),
         )
-        key, value = (part[:, layers - 1].flatten(0, 1) for part in (state.keys, state.values))
+        at = state.times[rows, (state.seen - 1) % window] if at is None else at[some]
+        key, value = (part[:, -1].flatten(0, 1) for part in (state.keys, state.values))
         sight = Sight(plan, at, state.times.flatten())
-        return self.backbone.user(self.backbone.layers[-1](state.newest, key, value, sight))
+        outputs = self.backbone.layers[-1](state.newest, key, value, sight)
+        return vectors.index_copy(0, some, self.backbone.user(outputs))
 
     def score(  # type: ignore[override]
         self, state: HSTUState, items: Tensor | None = None, at: Tensor | None = None

@@ -136,12 +136,6 @@ class Reader(nn.Module):
         self.tokens = nn.Parameter(torch.empty(num_tokens, config.dim))
         nn.init.trunc_normal_(self.tokens, std=0.02, a=-0.04, b=0.04)
 
-    def nobody(self) -> Tensor:
-        """The user vector ``[D]`` of users without events."""
-        backbone = self.backbone
-        vector: Tensor = backbone.user(backbone.layers[-1].alone(backbone.start))  # type: ignore[operator]
-        return vector
-
     def forward(
         self, segments: Segments, carried: Summaries, query_times: Tensor
     ) -> tuple[Tensor, Summaries]:
@@ -344,7 +338,7 @@ class PerSRec(UserModel):
     def user(self, state: PerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
         some = state.filled.nonzero().flatten()
-        vectors = self.reader.nobody().expand(state.filled.numel(), -1)
+        vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)
         if some.numel() == 0:
             return vectors
         state = states.take(state, some)

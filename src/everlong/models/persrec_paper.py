@@ -192,7 +192,7 @@ class PaperPerSRec(UserModel):
     def user(self, state: PaperPerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
         config, some = self.config, state.filled.nonzero().flatten()
-        vectors = self.reader.nobody().expand(state.filled.numel(), -1)
+        vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)
         if some.numel() == 0:
             return vectors
         state = states.take(state, some)
