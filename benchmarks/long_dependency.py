@@ -34,7 +34,9 @@ from everlong.dataset import Dataset
 from everlong.evaluate import evaluate
 from everlong.events import read_events
 from everlong.model import UserModel
+from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.lru import LRU, LRUConfig
+from everlong.models.persrec import PerSRec, PerSRecConfig
 from everlong.models.sasrec import SASRec, SASRecConfig
 from everlong.sources.synthetic import SyntheticLog, long_dependency
 from everlong.split import PAPER, Rows, Segments, Split, Targets, split
@@ -45,7 +47,7 @@ from record import RESULTS, write_result
 # repeats stay, so that distances are exact
 PROTOCOL = PAPER.replace({"name": "whole", "window": None, "drop_immediate_repeats": False})
 METRICS = ("HitRate@1", "NDCG@10")
-WINDOW = 200
+WINDOW, LONGEST, GROUPS = 200, 4_004, 20
 CUES, FILLERS = 8, 20
 
 # users at each distance, in hundreds; the last ones are the test
@@ -78,7 +80,7 @@ class Entry(NamedTuple):
         control: shows what does not work; one seed is enough.
     """
 
-    config: LRUConfig | SASRecConfig
+    config: LRUConfig | SASRecConfig | HSTUConfig | PerSRecConfig
     window: int | None
     control: bool = False
 
@@ -88,14 +90,27 @@ def entries(num_items: int) -> dict[str, Entry]:
     near = LRUConfig(num_items=num_items, layers=1, dropout=0.0, recurrence_dropout=0.0)
     far = replace(near, min_radius=0.99, max_radius=0.9999)
     window = SASRecConfig(num_items=num_items, window=WINDOW, dropout=0.0)
+    whole = HSTUConfig(num_items=num_items, window=LONGEST, dropout=0.0)
+    stream = PerSRecConfig(
+        num_items=num_items, dropout=0.0, segment=WINDOW // 2, keep=WINDOW // 2, groups=GROUPS
+    )
     return {
         "lru, radii 0.99 to 0.9999": Entry(far, None),
         f"sasrec, window {WINDOW}": Entry(window, WINDOW),
+        "hstu, whole history": Entry(whole, None),
+        f"hstu, window {WINDOW}": Entry(replace(whole, window=WINDOW), None),
+        f"persrec, {WINDOW} events and {GROUPS} summaries": Entry(stream, None),
+        f"persrec, {WINDOW} events and 1 summary": Entry(replace(stream, groups=1), None),
         "lru, radii 0.8 to 0.99 (published)": Entry(near, None, control=True),
     }
 
 
-def main(seeds: Annotated[int, typer.Option(help="how many logs and models")] = 2) -> None:
+def main(
+    seeds: Annotated[int, typer.Option(help="how many logs and models")] = 2,
+    only: Annotated[
+        str, typer.Option(help="models whose name contains this; nothing is written")
+    ] = "",
+) -> None:
     """Trains and tests all models; writes results/long_dependency.json and .png."""
     # sums in one order, so that the same seed gives the same figures on any number of cores
     torch.set_num_threads(1)
@@ -103,12 +118,14 @@ def main(seeds: Annotated[int, typer.Option(help="how many logs and models")] = 
     for seed in range(1, seeds + 1):
         case = make_case(seed)
         for name, entry in entries(case.parts.events.num_items).items():
-            if entry.control and seed > 1:
+            if (entry.control and seed > 1) or only not in name:
                 continue
             runs.append({"model": name, "seed": seed, **run(entry, case, seed)})
             print(name, "seed", seed, runs[-1]["seconds"], "s", flush=True)
             for row in runs[-1]["by_distance"]:
                 print("   ", row, flush=True)
+    if only:
+        return
     log = case.log
     figures = {
         "protocol": PROTOCOL.model_dump(mode="json"),
@@ -177,11 +194,17 @@ def run(entry: Entry, case: Case, seed: int) -> dict[str, Any]:
     }
 
 
-def make_model(config: LRUConfig | SASRecConfig, seed: int) -> UserModel:
+def make_model(config: Any, seed: int) -> UserModel:
     """A fresh model, initialised by a seed."""
+    models: dict[type, type[UserModel]] = {
+        LRUConfig: LRU,
+        SASRecConfig: SASRec,
+        HSTUConfig: HSTU,
+        PerSRecConfig: PerSRec,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LRU(config) if isinstance(config, LRUConfig) else SASRec(config)
+        return models[type(config)](config)
 
 
 def answers(case: Case, stage: Stage, window: int | None) -> Segments:
@@ -248,7 +271,7 @@ def plot(figures: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(6.8, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    colours = ("#1f5fa8", "#c8642a", "#7fb0de")
+    colours = ("#1f5fa8", "#c8642a", "#2a7d4f", "#8fc7a6", "#6b3fa0", "#b79bd6", "#7fb0de")
     for row, colour in zip(figures["summary"], colours, strict=True):
         trained = {int(d): s for d, s in row["HitRate@1"].items() if int(d) not in UNTRAINED}
         other = {int(d): s for d, s in row["HitRate@1"].items() if int(d) in UNTRAINED}

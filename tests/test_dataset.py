@@ -37,18 +37,21 @@ def test_each_label_comes_once_and_histories_stay_whole(
     dataset = Dataset(done.events, done.train)
     labels: list[int] = []
     segments: list[list[int]] = []
-    last_was_whole_batch = False
+    last_was_whole_batch = continues = False
     for batch in dataset.batches(budget, seed=seed, epoch=1):
         assert batch.events.num_events <= budget
         assert (batch.events.lengths > 0).all()
         offsets = batch.events.offsets.tolist()
         rows = [batch.events.items[low:high].tolist() for low, high in pairwise(offsets)]
+        assert batch.carried == continues
+        continues = batch.continues
         if batch.carried:
             assert last_was_whole_batch
             segments[-1] += rows.pop(0)
         segments += rows
         labels += batch.events.items[batch.labels].tolist()
         last_was_whole_batch = batch.events.num_events == budget and len(offsets) == 2
+    assert not continues
     items = done.events.items
     expected = [items[a:b].tolist() for a, b in zip(done.train.start, done.train.stop, strict=True)]
     assert sorted(segments) == sorted(expected)
@@ -110,7 +113,7 @@ def test_start_skips_batches_and_nothing_else() -> None:
             assert torch.equal(found.events.items, expected.events.items)
             assert torch.equal(found.events.offsets, expected.events.offsets)
             assert torch.equal(found.labels, expected.labels)
-            assert found.carried == expected.carried
+            assert (found.carried, found.continues) == (expected.carried, expected.continues)
 
 
 @settings(deadline=None, max_examples=40)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +13,7 @@ from everlong.losses import (
     Negatives,
     NegativeSampler,
     full_softmax,
+    nce,
     reference_softmax,
     sampled_softmax,
 )
@@ -152,8 +154,12 @@ def test_the_table_of_scores_never_exists() -> None:
     sampled = largest(
         lambda: sampled_softmax(case.vectors, case.head, case.targets, negatives, chunk_bytes=limit)
     )
+    against = largest(
+        lambda: nce(case.vectors, case.head, case.targets, negatives.items, chunk_bytes=limit)
+    )
     assert full <= few
     assert sampled <= few
+    assert against <= few
     # the measure sees the table where there is one
     assert largest(case.reference) == events * items
 
@@ -289,13 +295,113 @@ def test_a_catalogue_of_one_item_has_loss_zero() -> None:
         assert all((g.abs() < 1e-12).all() for g in case.gradients(loss))
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled"])
+def nce_by_hand(case: Case, items: Tensor, same: float) -> Tensor:
+    """``nce`` from the whole table of scores, from its definition."""
+    scores = case.vectors @ case.weight.T + case.bias
+    weight = case.weight.detach()
+    alike = cosine_similarity(weight[case.targets].unsqueeze(1), weight[items], dim=2) > same
+    alike |= case.targets.unsqueeze(1) == items
+    answers = scores.gather(1, case.targets.unsqueeze(1))
+    others = scores[:, items].masked_fill(alike, -torch.inf)
+    return (torch.cat([answers, others], dim=1).logsumexp(1) - answers.squeeze(1)).mean()
+
+
+def test_nce_of_three_items_by_hand() -> None:
+    # items 0 and 1 at a right angle, item 2 between them: its cosine with each is 0.6 or 0.8
+    weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.6, 0.8]], dtype=torch.float64)
+    bias = torch.tensor([0.0, 0.5, -1.0], dtype=torch.float64)
+    vectors = torch.tensor([[1.0, 2.0], [0.0, 1.0]], dtype=torch.float64)
+    targets, items = torch.tensor([0, 1]), torch.tensor([2, 0, 2])
+    # scores of items 0, 1, 2: the first event 1, 4.5, 1.2; the second 0, 2.5, -0.2
+    first = -math.log(math.exp(1) / (math.exp(1) + 2 * math.exp(1.2)))
+    second = -math.log(math.exp(2.5) / (math.exp(2.5) + math.exp(0) + 2 * math.exp(-0.2)))
+    loss = nce(vectors, ItemHead(weight, bias), targets, items)
+    assert float(loss) == pytest.approx((first + second) / 2, rel=1e-12)
+    # the second event's target is too much like item 2 for this bound, the first one's is not
+    second = -math.log(math.exp(2.5) / (math.exp(2.5) + math.exp(0)))
+    loss = nce(vectors, ItemHead(weight, bias), targets, items, same=0.7)
+    assert float(loss) == pytest.approx((first + second) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("degrees", "counts"), [(7.0, False), (9.0, True)])
+def test_a_negative_much_like_the_target_does_not_count(degrees: float, counts: bool) -> None:
+    # cos 7 = 0.9925, cos 9 = 0.9877; lengths do not matter
+    angle = math.radians(degrees)
+    near = [3 * math.cos(angle), 3 * math.sin(angle)]
+    head = ItemHead(torch.tensor([[1.0, 0.0], near, [0.0, 1.0]]), torch.zeros(3))
+    vectors, targets = torch.ones(1, 2), torch.tensor([0])
+    with_it = nce(vectors, head, targets, torch.tensor([1, 2]))
+    without = nce(vectors, head, targets, torch.tensor([2]))
+    assert bool(with_it > without) is counts
+    assert counts or torch.equal(with_it, without)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_nce_of_equal_scores_is_the_log_of_their_number(scale: float) -> None:
+    # vectors of zeros have no direction to compare; the target is then known by its row
+    head = ItemHead(scale * torch.eye(12), torch.full((12,), 0.3))
+    vectors, targets = torch.zeros(4, 12), torch.tensor([0, 3, 3, 11])
+    for items, others in ((torch.arange(4, 11), 7), (torch.arange(12), 11)):
+        loss = nce(vectors, head, targets, items)
+        assert float(loss) == pytest.approx(math.log(others + 1), rel=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    events=st.integers(1, 40),
+    items=st.integers(1, 20),
+    negatives=st.lists(st.integers(0, 1000), min_size=1, max_size=60),
+    same=st.sampled_from([-0.5, 0.3, 0.9, 0.99]),
+)
+def test_nce_is_that_of_the_whole_table(
+    events: int, items: int, negatives: list[int], same: float
+) -> None:
+    case = Case(events, items=items)
+    drawn = torch.tensor(negatives) % items
+    expected = nce_by_hand(case, drawn, same)
+    loss = nce(case.vectors, case.head, case.targets, drawn, same=same, chunk_bytes=1)
+    torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-10)
+    for ours, theirs in zip(case.gradients(loss), case.gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
+
+
+def test_nce_in_bfloat16_is_near_that_in_float32() -> None:
+    case, drawn = Case(50, torch.float32), torch.arange(0, ITEMS, 2)
+    loss = nce(case.vectors, case.head, case.targets, drawn, dtype=torch.bfloat16)
+    expected = nce(case.vectors, case.head, case.targets, drawn)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, atol=5e-2, rtol=5e-2)
+    for ours, theirs in zip(case.gradients(loss), case.gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_nce_without_any_negative_that_counts_is_zero(dtype: torch.dtype) -> None:
+    case = Case(20, torch.float64 if dtype == torch.float64 else torch.float32)
+    # every cosine is above this
+    loss = nce(case.vectors, case.head, case.targets, torch.arange(ITEMS), same=-2.0, dtype=dtype)
+    assert float(loss.detach()) == 0.0
+    for gradient in case.gradients(loss):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_nce_refuses_impossible_negatives() -> None:
+    case = Case(5)
+    with pytest.raises(ValueError, match="needs negatives: expected at least one"):
+        nce(case.vectors, case.head, case.targets, torch.arange(0))
+    with pytest.raises(ValueError, match=rf"negatives are item rows 0 \.\. {ITEMS - 1}, received"):
+        nce(case.vectors, case.head, case.targets, torch.tensor([3, ITEMS]))
+
+
+@pytest.mark.parametrize("loss", ["full", "sampled", "nce"])
 def test_impossible_input_is_refused(loss: str) -> None:
     case = Case(5)
 
     def run(vectors: Tensor, targets: Tensor) -> Tensor:
         if loss == "full":
             return full_softmax(vectors, case.head, targets)
+        if loss == "nce":
+            return nce(vectors, case.head, targets, torch.arange(ITEMS))
         return sampled_softmax(vectors, case.head, targets, all_items())
 
     with pytest.raises(ValueError, match="received 0 vectors and 0 targets"):

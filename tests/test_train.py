@@ -22,6 +22,7 @@ from everlong.checkpoint import FILE, LOG
 from everlong.dataset import Dataset, TrainBatch
 from everlong.events import Events, read_events
 from everlong.interrupt import Interrupted
+from everlong.losses import nce
 from everlong.model import UserModel
 from everlong.models.gru4rec import GRU4Rec, GRU4RecConfig
 from everlong.models.hstu import HSTU, HSTUConfig
@@ -177,8 +178,9 @@ def test_the_random_numbers_of_the_caller_go_on() -> None:
         {},
         {"batch_events": 48, "piece_events": 16},
         {"loss": "sampled", "negatives": 4, "schedule": "constant", "weight_decay": 0.1},
+        {"loss": "nce", "negatives": 4},
     ],
-    ids=["carried", "pieces", "sampled"],
+    ids=["carried", "pieces", "sampled", "nce"],
 )
 def test_interrupted_at_any_place_and_resumed_it_ends_with_the_same_bits(
     changes: dict[str, Any], tmp_path: Path
@@ -481,6 +483,28 @@ def test_the_state_is_carried_where_a_history_is_cut() -> None:
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-4)
 
 
+class Watched(LRU):
+    """Notes the users and the mode of every call that makes states."""
+
+    calls: list[tuple[int, bool]]
+
+    def encode(self, events: Batch, state: Any = None) -> Any:
+        self.calls.append((events.num_users, self.training))
+        return super().encode(events, state)
+
+
+def test_a_state_is_made_only_where_a_history_goes_on_and_without_dropout() -> None:
+    model = Watched(lru().config)
+    model.calls = []
+    train(model, dataset_of(), settings(epochs=1))
+    batches = list(dataset_of().batches(16, seed=0, epoch=0))
+    assert 0 < sum(batch.continues for batch in batches) < len(batches)
+    expected: list[tuple[int, bool]] = []
+    for batch in batches:
+        expected += [(1, False)] * batch.continues + [(batch.events.num_users, True)]
+    assert model.calls == expected
+
+
 def test_events_before_the_labels_are_read_and_not_counted() -> None:
     events = log_of([30, 30])
     segments = Segments(np.array([0, 1]), np.array([0, 30]), np.array([30, 60]), np.array([25, 31]))
@@ -525,6 +549,25 @@ def test_other_models_learn_and_resume_too(
     train(model, dataset_of(), config, validate=score, folder=tmp_path / "cut", resume=True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_model_learns_by_nce(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws: list[list[int]] = []
+
+    def recorded(*given: Any, dtype: torch.dtype) -> Tensor:
+        draws.append(given[3].tolist())
+        return nce(*given, dtype=dtype)
+
+    monkeypatch.setattr("everlong.train.nce", recorded)
+    result = train(
+        lru(dropout=0.0), dataset_of(), settings(loss="nce", negatives=5, epochs=30, lr=0.03)
+    )
+    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+    # fresh for each piece, at most so many, and every item as often as any other
+    assert sum(a == b for a, b in pairwise(draws)) < len(draws) / 10
+    assert max(map(len, draws)) <= 5
+    share = np.bincount([item for drawn in draws for item in drawn], minlength=ITEMS) / len(draws)
+    assert share == pytest.approx(1 - (1 - 1 / ITEMS) ** 5, abs=0.15)
 
 
 def test_the_size_of_the_catalogue_chooses_the_loss() -> None:

@@ -1,8 +1,9 @@
 """Next-item losses in bounded memory: the table of events x items never exists.
 
-A loss takes user vectors ``[N, D]`` and the item head, and returns the mean over the N events.
-Both losses compute their gradients during the forward pass, chunk by chunk, while the scores of a
-chunk are still in cache: a chunk's scores are written once and read twice, and are then gone.
+A loss takes user vectors ``[N, D]`` and the item head, and returns the mean over the N events. All
+losses go through the scores chunk by chunk, while those of a chunk are still in cache, and let them
+go. The full softmax computes its gradients in the same sweep; the losses against drawn items, whose
+tables are small, compute the scores once more.
 
 Work per event of the full softmax: 6 D I operations in products (scores, gradient of the vectors,
 gradient of the items) and I exponentials.
@@ -10,16 +11,21 @@ gradient of the items) and I exponentials.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
 from everlong.model import ItemHead
 
 CHUNK_BYTES = 4 << 20
 """Size of one chunk of scores; a few times the second-level cache of a core works best."""
+
+Skip = Callable[[slice], tuple[Tensor, Tensor]]
+"""Of some events, the scores that do not count: which of these events, and which columns."""
 
 
 def full_softmax(
@@ -125,12 +131,62 @@ def sampled_softmax(
     # where each target stands among the negatives, -1 where it is not one of them
     place = torch.searchsorted(items, targets).clamp(max=items.numel() - 1)
     hits = torch.where(items[place] == targets, place, -1)
-    # columns that count for nothing, so that products come in few shapes
-    extra = _even(items.numel()) - items.numel()
-    columns = torch.nn.functional.pad(columns, (0, 0, 0, extra))
-    column_bias = torch.nn.functional.pad(column_bias, (0, extra), value=-torch.inf)
-    rows = max(16, chunk_bytes // (column_bias.numel() * dtype.itemsize))
-    others: Tensor = _LogSumExp.apply(vectors, columns, column_bias, hits, dtype, rows)  # type: ignore[no-untyped-call]
+
+    def skip(some: slice) -> tuple[Tensor, Tensor]:
+        event = (hits[some] >= 0).nonzero().squeeze(1)
+        return event, hits[some][event]
+
+    rows = max(16, chunk_bytes // (_even(items.numel()) * dtype.itemsize))
+    others = _log_sum_exp(vectors, columns, column_bias, skip, dtype, rows)
+    return (torch.logaddexp(answers, others) - answers).mean()
+
+
+def nce(
+    vectors: Tensor,
+    head: ItemHead,
+    targets: Tensor,
+    items: Tensor,
+    *,
+    same: float = 0.99,
+    dtype: torch.dtype | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """Mean softmax loss of the target against ``items``, without those that are much like it.
+
+    The loss of the code of PerSRec (arXiv 2601.03479) and of HLLM. There is no correction for how
+    often an item is drawn, so draw uniformly. Temperature and length of vectors are the model's.
+
+    Args:
+        vectors: ``[N, D]``.
+        head: ``weight [I, D]`` and ``bias [I]``.
+        targets: ``[N]`` int64.
+        items: ``[M]`` int64, the negatives of every event; one that comes twice counts twice.
+        same: a negative does not count for an event if the cosine of its vector and that of the
+            target is above this. The target itself never counts. Carries no gradient.
+        dtype: of the products, as in ``full_softmax``; cosines have the dtype of ``weight``.
+        chunk_bytes: bound on the scores, and on the cosines, that exist at one time, but for at
+            least 16 rows.
+
+    Raises:
+        ValueError: if there is no event or no negative, or one of them is outside the catalogue.
+    """
+    _check(vectors, head, targets)
+    _check_rows("negatives", head, items)
+    dtype = dtype or vectors.dtype
+    weight = head.weight.detach()
+    answered, drawn = normalize(weight[targets]), normalize(weight[items])
+
+    def skip(some: slice) -> tuple[Tensor, Tensor]:
+        alike = answered[some] @ drawn.T > same
+        # by name as well: a vector of zeros has no cosine, not even with itself
+        alike |= targets[some].unsqueeze(1) == items
+        event, column = alike.nonzero(as_tuple=True)
+        return event, column
+
+    answers = (vectors * head.weight[targets]).sum(1) + head.bias[targets]
+    widest = max(dtype.itemsize, weight.dtype.itemsize)
+    rows = max(16, chunk_bytes // (_even(items.numel()) * widest))
+    others = _log_sum_exp(vectors, head.weight[items], head.bias[items], skip, dtype, rows)
     return (torch.logaddexp(answers, others) - answers).mean()
 
 
@@ -140,10 +196,16 @@ def _check(vectors: Tensor, head: ItemHead, targets: Tensor) -> None:
             "a loss needs one target per user vector and at least one of them, received "
             f"{vectors.shape[0]} vectors and {targets.numel()} targets"
         )
-    low, high = int(targets.min()), int(targets.max())
+    _check_rows("targets", head, targets)
+
+
+def _check_rows(what: str, head: ItemHead, rows: Tensor) -> None:
+    if rows.numel() == 0:
+        raise ValueError(f"a loss needs {what}: expected at least one item row, received none")
+    low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= head.bias.numel():
         raise ValueError(
-            f"targets are item rows 0 .. {head.bias.numel() - 1}, received {low} .. {high}"
+            f"{what} are item rows 0 .. {head.bias.numel() - 1}, received {low} .. {high}"
         )
 
 
@@ -232,8 +294,20 @@ class _Grads(NamedTuple):
         self.bias.add_(d_scores.T @ part.new_ones(part.shape[0]))
 
 
+def _log_sum_exp(
+    vectors: Tensor, columns: Tensor, bias: Tensor, skip: Skip, dtype: torch.dtype, rows: int
+) -> Tensor:
+    """``[N]`` log-sum-exp of ``vectors @ columns.T + bias``, what ``skip`` names left out."""
+    # columns that count for nothing, so that products come in few shapes
+    extra = _even(bias.numel()) - bias.numel()
+    columns = torch.nn.functional.pad(columns, (0, 0, 0, extra))
+    bias = torch.nn.functional.pad(bias, (0, extra), value=-torch.inf)
+    sums: Tensor = _LogSumExp.apply(vectors, columns, bias, skip, dtype, rows)  # type: ignore[no-untyped-call]
+    return sums
+
+
 class _LogSumExp(torch.autograd.Function):
-    """``[N]`` log-sum-exp over columns, one column of each row left out where ``skip`` says so."""
+    """The sums of ``_log_sum_exp``, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -241,7 +315,7 @@ class _LogSumExp(torch.autograd.Function):
         vectors: Tensor,
         columns: Tensor,
         bias: Tensor,
-        skip: Tensor,
+        skip: Skip,
         dtype: torch.dtype,
         rows: int,
     ) -> Tensor:
@@ -253,18 +327,18 @@ class _LogSumExp(torch.autograd.Function):
             number = min(rows, vectors.shape[0] - start)
             sums.append(scores[:number].to(wide).logsumexp(1))
         result = torch.cat(sums).to(vectors.dtype)
-        ctx.save_for_backward(vectors, columns, bias, skip, result)
-        ctx.dtype, ctx.rows = dtype, rows
+        ctx.save_for_backward(vectors, columns, bias, result)
+        ctx.skip, ctx.dtype, ctx.rows = skip, dtype, rows
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         # the rows' weights are known only now, so the scores are computed once more
-        vectors, columns, bias, skip, sums = ctx.saved_tensors
-        # a row whose only column is skipped has the sum -inf, and no gradient instead of NaN
+        vectors, columns, bias, sums = ctx.saved_tensors
+        # a row whose columns are all skipped has the sum -inf, and no gradient instead of NaN
         sums = sums.clamp(min=-1e30)
-        dtype, rows = ctx.dtype, ctx.rows
+        skip, dtype, rows = ctx.skip, ctx.dtype, ctx.rows
         table, offset = columns.to(dtype), bias.to(dtype)
         grads = _Grads.like(vectors, columns, bias, torch.promote_types(dtype, torch.float32))
         for start in range(0, vectors.shape[0], rows):
@@ -282,13 +356,11 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def _scores(
-    vectors: Tensor, table: Tensor, offset: Tensor, skip: Tensor, start: int, rows: int
+    vectors: Tensor, table: Tensor, offset: Tensor, skip: Skip, start: int, rows: int
 ) -> Tensor:
-    part = _even_rows(vectors[start : start + rows].to(table.dtype), rows)
-    scores = torch.addmm(offset, part, table.T)
-    place = skip[start : start + rows]
-    hit = (place >= 0).nonzero().squeeze(1)
-    scores[hit, place[hit]] = -torch.inf
+    some = slice(start, start + rows)
+    scores = torch.addmm(offset, _even_rows(vectors[some].to(table.dtype), rows), table.T)
+    scores[skip(some)] = -torch.inf
     return scores
 
 

@@ -30,7 +30,7 @@ from everlong.config import Settings, unknown
 from everlong.dataset import Dataset, TrainBatch
 from everlong.encode import serving
 from everlong.interrupt import Interrupted, deferred_interrupt
-from everlong.losses import NegativeSampler, full_softmax, sampled_softmax
+from everlong.losses import NegativeSampler, full_softmax, nce, sampled_softmax
 from everlong.model import CountingModel, UserModel
 from everlong.progress import Progress
 from everlong.state import State
@@ -58,9 +58,12 @@ class TrainConfig(Settings):
         decay_recurrence: decay the recurrence parameters too, as LRURec's published code does,
             which pulls the memory of every channel towards one event.
         clip: bound on the norm of the gradient.
-        loss: full softmax, sampled softmax, or by the size of the catalogue (``auto``).
+        loss: full softmax, sampled softmax, or one of these by the size of the catalogue
+            (``auto``); or ``nce``, the softmax against uniform draws that are not much like the
+            target, for models that score by cosines. The draws are merged where they repeat, which
+            the published code does not do.
         full_softmax_limit: largest catalogue for which ``auto`` takes the full softmax.
-        negatives: draws of the sampled softmax, shared by a batch.
+        negatives: draws of the sampled softmax and of ``nce``, fresh for each piece.
         precision: of matrix products; ``auto`` is bfloat16 where the machine multiplies it fast.
             Parameters, states, norms and sums are float32 always.
         monitor, patience, validate_every: training stops after ``patience`` validations, one every
@@ -77,7 +80,7 @@ class TrainConfig(Settings):
     weight_decay: NonNegativeFloat = 0.01
     decay_recurrence: bool = False
     clip: PositiveFloat = 5.0
-    loss: Literal["auto", "full", "sampled"] = "auto"
+    loss: Literal["auto", "full", "sampled", "nce"] = "auto"
     full_softmax_limit: NonNegativeInt = 50_000
     negatives: PositiveInt = 4_096
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -172,6 +175,8 @@ def _last_state(
     events, last = batch.events, batch.events.num_users - 1
     begin, end = (int(events.offsets[last + n]) for n in (0, 1))
     row = events.select(torch.arange(begin, end), torch.tensor([0, end - begin])).to(device)
+    # in eval mode: the state that the next piece starts from has no dropout, as none that is served
+    # has one, and no random number is drawn for it
     with serving(model):
         return model.encode(row, carried if batch.carried and last == 0 else None)[1]
 
@@ -406,13 +411,14 @@ class _NextItemLoss:
     ) -> None:
         self.model, self.device = model, device
         self.dtype = compute_dtype(config.precision, device)
-        sampled = config.loss == "sampled" or (
-            config.loss == "auto" and model.num_items > config.full_softmax_limit
-        )
+        self.name = config.loss
+        if self.name == "auto":
+            self.name = "full" if model.num_items <= config.full_softmax_limit else "sampled"
         self.sampler: NegativeSampler | None = None
-        if sampled:
+        if self.name != "full":
             counts = dataset.item_counts(model.num_items).to(device)
-            self.sampler = NegativeSampler(counts, config.negatives)
+            power = 0.0 if self.name == "nce" else 0.75
+            self.sampler = NegativeSampler(counts, config.negatives, power)
 
     def compute(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:
@@ -426,7 +432,10 @@ class _NextItemLoss:
         vectors = vectors.to(head.weight.dtype)
         if self.sampler is None:
             return full_softmax(vectors, head, items, dtype=self.dtype)
-        return sampled_softmax(vectors, head, items, self.sampler.draw(), dtype=self.dtype)
+        negatives = self.sampler.draw()
+        if self.name == "nce":
+            return nce(vectors, head, items, negatives.items, dtype=self.dtype)
+        return sampled_softmax(vectors, head, items, negatives, dtype=self.dtype)
 
     def check(self, batch: TrainBatch) -> None:
         """Falls back to float32 if narrow products change the loss of a first batch."""

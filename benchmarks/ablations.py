@@ -1,0 +1,219 @@
+"""What each part of PerSRec is worth: one command an ablation, each with a figure.
+
+    python benchmarks/ablations.py run tokens         # 1, 2, 4, 8 or 16 tokens
+    python benchmarks/ablations.py run placement      # the same 8 tokens after 1, 2 or 4 segments
+    python benchmarks/ablations.py run recent         # 16 to 256 recent events
+    python benchmarks/ablations.py run bias           # relative bias or learned positions
+    python benchmarks/ablations.py run gap            # trained with gaps, read with summaries of any age
+    python benchmarks/ablations.py run tokens --log synthetic
+
+The log is ml-1m without users of up to p + r = 320 events, so that every target has a past to
+compress; or the synthetic log of ``long_dependency.py`` with the cue in the past segment, where
+the effect is known. Everything but the part in question stays as in ``long_history.py``. Results are kept
+after every run in ``results/ablations``; a run that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from everlong.dataset import Dataset, gather
+from everlong.encode import encode_histories, serving
+from everlong.evaluate import evaluate
+from everlong.events import read_events
+from everlong.metrics import estimate, parse_metric
+from everlong.model import UserModel
+from everlong.models.persrec_paper import PaperPerSRec
+from everlong.provenance import hardware, versions
+from everlong.sources.synthetic import long_dependency
+from everlong.split import PAPER, Segments, Split, split
+from everlong.topk import mask_items, rank_of
+from everlong.train import TrainConfig, train
+from long_history import PAST, RECENT, SHAPE, build, whole
+from quality import DATA_DIR, read_log
+from record import RESULTS
+
+FOLDER = RESULTS / "ablations"
+PLACEMENTS = {
+    "1 segment": ((256, 8),),
+    "2 segments": ((128, 4), (256, 4)),
+    "4 segments": ((64, 2), (128, 2), (192, 2), (256, 2)),
+}
+AGES = (0, 16, 64, 128, 256)
+"""Events since the summary was made, at which a model is read in the gap ablation."""
+
+
+class Log(StrEnum):
+    real = "ml-1m"
+    synthetic = "synthetic"
+
+
+VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "tokens": {str(k): {"placement": ((PAST, k),)} for k in (1, 2, 4, 8, 16)},
+    "placement": {name: {"placement": places} for name, places in PLACEMENTS.items()},
+    "recent": {str(r): {"recent": r} for r in (16, 32, 64, 128, 256)},
+    "bias": {"relative bias": {}, "learned positions": {"relative_bias": False}},
+    "gap": {f"gaps up to {gap}": {"max_gap": gap} for gap in (0, 64, 256)},
+}
+BUDGET = {"epochs": 24, "batch_events": 8_192, "lr": 4e-3, "validate_every": 4, "patience": 3}
+app = typer.Typer(help=__doc__, add_completion=False)
+
+
+@app.command()
+def run(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DATA_DIR) -> None:
+    """Trains all variants of an ablation that have no result yet, and draws the figure."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if ablation not in VARIANTS:
+        raise typer.BadParameter(f"expected one of {', '.join(VARIANTS)}, received {ablation!r}")
+    path = FOLDER / f"{log.value}-{ablation}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    record |= {
+        "ablation": ablation,
+        "log": log.value,
+        "base": {**SHAPE, "placement": [[PAST, 4]], "recent": RECENT},
+    }
+    parts = real(data_dir) if log is Log.real else synthetic()
+    for seed in range(seeds):
+        for label, change in VARIANTS[ablation].items():
+            if any((r["variant"], r["seed"]) == (label, seed) for r in record["runs"]):
+                continue
+            found = one(parts, {**base(), **change}, seed, log, ablation)
+            record["runs"].append({"variant": label, "seed": seed, **found})
+            record |= {"versions": versions(), "hardware": hardware(), **parts.record()}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+            print(ablation, label, seed, found, flush=True)
+    draw(record, path.with_suffix(".png"))
+
+
+def base() -> dict[str, Any]:
+    return {**SHAPE, "placement": ((PAST, 4),), "recent": RECENT}
+
+
+def real(data_dir: Path) -> Split:
+    """ml-1m, users with more than p + r events and the two that are held out."""
+    protocol = whole("ml-1m", "paper").replace({"min_user_events": PAST + RECENT + 3})
+    return split(read_log("ml-1m", data_dir, 0), protocol)
+
+
+def synthetic() -> Split:
+    """The cue of every answer 128 to 256 events back: past what is recent, inside the past."""
+    log = long_dependency(
+        3_000, distances=tuple(range(128, 257, 16)), num_cues=8, num_fillers=20, seed=0
+    )
+    protocol = PAPER.replace(
+        {"name": "whole", "window": None, "drop_immediate_repeats": False, "seen": "keep"}
+    )
+    parts = split(read_events(log.frame), protocol)
+    # the answers of the first episode are all that can be learned: the rest is random
+    first = parts.events.offsets[parts.train.user]
+    length = parts.events.offsets[parts.train.user + 1] - first
+    stop = first + length // 2
+    return Split(
+        protocol=parts.protocol,
+        events=parts.events,
+        train=Segments(parts.train.user, first, stop, stop - 2),
+        validation=parts.validation,
+        test=parts.test,
+        facts=parts.facts,
+    )
+
+
+def one(
+    parts: Split, shape: Mapping[str, Any], seed: int, log: Log, ablation: str
+) -> dict[str, Any]:
+    """A variant trained, chosen on validation and tested."""
+    if log is Log.synthetic:
+        shape = {**shape, "dropout": 0.0}
+    model = build("persrec_paper", shape, parts, seed)
+    train(
+        model,
+        Dataset(parts.events, parts.train),
+        TrainConfig(**BUDGET, seed=seed),  # type: ignore[arg-type]
+        validate=lambda trained: measure(trained, parts),
+    )
+    found: dict[str, Any] = measure(model, parts, test=True)
+    if ablation == "gap" and isinstance(model, PaperPerSRec):
+        found["by age"] = {str(age): at_age(model, parts, age) for age in AGES}
+    return found
+
+
+def measure(model: UserModel, parts: Split, *, test: bool = False) -> dict[str, float]:
+    targets = parts.test if test else parts.validation
+    found = evaluate(
+        model, parts.events, targets, seen=parts.protocol.seen, metrics=("NDCG@10", "HitRate@1")
+    )
+    return {name: value.mean for name, value in found.metrics.items()}
+
+
+def at_age(model: PaperPerSRec, parts: Split, age: int) -> float:
+    """NDCG@10 of the test targets when the summary was made so many events ago.
+
+    The recent events are always the last r; what came between is in neither.
+    """
+    events, test = parts.events, parts.test
+    made = np.maximum(test.stop - age, test.start)
+    state = encode_histories(model, events, test.start, made)
+    with serving(model):
+        for number in range(age):
+            rows = torch.from_numpy(np.flatnonzero(made + number < test.stop))
+            at = made[rows.numpy()] + number
+            part = type(state)(*(value[rows] for value in state))
+            stepped = model.append(gather(events, at, at + 1), part)
+            state = type(state)(
+                *(a.index_copy(0, rows, b) for a, b in zip(state, stepped, strict=True))
+            )
+        target = gather(events, test.stop, test.stop + 1)
+        scores = model.score(state, at=target.times)
+        if parts.protocol.seen == "mask":
+            past = gather(events, test.start, test.stop)
+            scores = mask_items(scores, past.user_rows, past.items)
+        ranks = rank_of(scores, target.items).numpy()
+    return estimate(ranks, test.user, [parse_metric("NDCG@10")])["NDCG@10"].mean
+
+
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """A PNG: bars of the metric by variant, or for gaps its curve over the age of the summary."""
+    metric = "NDCG@10" if record["log"] == Log.real.value else "HitRate@1"
+    figure = Figure(figsize=(6.0, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    labels = list(dict.fromkeys(r["variant"] for r in record["runs"]))
+    by_label = {label: [r for r in record["runs"] if r["variant"] == label] for label in labels}
+    if record["ablation"] == "gap":
+        for label, runs in by_label.items():
+            curve = [np.mean([r["by age"][str(age)] for r in runs]) for age in AGES]
+            axes.plot(AGES, curve, "o-", label=label)
+        axes.set(xlabel="events since the summary was made", ylabel="NDCG@10")
+        axes.legend(fontsize=8)
+    else:
+        bars(axes, labels, [[r[metric] for r in by_label[label]] for label in labels])
+        axes.set(xlabel=record["ablation"], ylabel=metric)
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_title(f"{record['log']}: {record['ablation']}")
+    figure.savefig(path, dpi=110, format="png")
+
+
+def bars(axes: Any, labels: Sequence[str], values: Sequence[Sequence[float]]) -> None:
+    for place, found in enumerate(values):
+        axes.bar(place, np.mean(found), color="#7fb0de", width=0.6)
+        axes.plot([place] * len(found), found, ".", color="#1f3f68")
+    axes.set_xticks(range(len(labels)), labels)
+    low = min(min(found) for found in values)
+    # the differences are small beside the value
+    axes.set_ylim(bottom=max(0.0, low - 0.25 * low))
+
+
+if __name__ == "__main__":
+    app()
