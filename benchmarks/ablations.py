@@ -4,13 +4,13 @@
     python benchmarks/ablations.py run placement      # the same 8 tokens after 1, 2 or 4 segments
     python benchmarks/ablations.py run recent         # 16 to 256 recent events
     python benchmarks/ablations.py run bias           # relative bias or learned positions
-    python benchmarks/ablations.py run gap            # trained with gaps, read with summaries of any age
+    python benchmarks/ablations.py run gap            # trained with gaps, read at any age
     python benchmarks/ablations.py run tokens --log synthetic
 
 The log is ml-1m without users of up to p + r = 320 events, so that every target has a past to
 compress; or the synthetic log of ``long_dependency.py`` with the cue in the past segment, where
-the effect is known. Everything but the part in question stays as in ``long_history.py``. Results are kept
-after every run in ``results/ablations``; a run that is there is not made again.
+the effect is known. Everything but the part in question stays as in ``long_history.py``. Results
+are kept after every run in ``results/ablations``; a run that is there is not made again.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from everlong.sources.synthetic import long_dependency
 from everlong.split import PAPER, Segments, Split, split
 from everlong.topk import mask_items, rank_of
 from everlong.train import TrainConfig, train
-from long_history import PAST, RECENT, SHAPE, build, whole
+from long_history import DROPOUT, PAST, RECENT, SHAPE, build, whole
 from quality import DATA_DIR, read_log
 from record import RESULTS
 
@@ -81,7 +81,7 @@ def run(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DAT
     record |= {
         "ablation": ablation,
         "log": log.value,
-        "base": {**SHAPE, "placement": [[PAST, 4]], "recent": RECENT},
+        "base": base(),
     }
     parts = real(data_dir) if log is Log.real else synthetic()
     for seed in range(seeds):
@@ -98,7 +98,7 @@ def run(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DAT
 
 
 def base() -> dict[str, Any]:
-    return {**SHAPE, "placement": ((PAST, 4),), "recent": RECENT}
+    return {**SHAPE, "dropout": DROPOUT["ml-1m"], "placement": ((PAST, 4),), "recent": RECENT}
 
 
 def real(data_dir: Path) -> Split:

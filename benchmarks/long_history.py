@@ -55,7 +55,8 @@ PAST, RECENT = 256, 64
 WHOLE = {"ml-1m": 2_304, "ml-latest-small": 2_704, "ml-100k": 768, "online-retail": 2_304}
 """Windows longer than any history, but for six of 4,339 users of online-retail."""
 
-SHAPE = {"layers": 3, "heads": 2, "dropout": 0.3}
+SHAPE = {"layers": 3, "heads": 2}
+DROPOUT = {"ml-1m": 0.2, "ml-latest-small": 0.3, "ml-100k": 0.3, "online-retail": 0.3}
 CONTESTANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hstu, whole history": ("hstu", SHAPE),
     "hstu, recent": ("hstu", {**SHAPE, "window": RECENT}),
@@ -79,7 +80,7 @@ CONTESTANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 LEARNING = ("lru", "sasrec", "gru4rec", "hstu", "persrec", "persrec_paper")
 BUDGETS: Mapping[str, Mapping[str, Any]] = {
-    "ml-1m": {"epochs": 30, "batch_events": 8192, "lr": 4e-3, "validate_every": 3, "patience": 4},
+    "ml-1m": {"epochs": 30, "batch_events": 8192, "lr": 4e-3, "validate_every": 5, "patience": 4},
     "ml-latest-small": {"epochs": 40, "batch_events": 2048, "lr": 2e-3, "validate_every": 2},
     "ml-100k": {"epochs": 40, "batch_events": 2048, "lr": 2e-3, "validate_every": 2},
     "online-retail": {"epochs": 25, "batch_events": 4096, "lr": 2e-3, "validate_every": 2},
@@ -108,6 +109,8 @@ def run(
     model_name, shape = CONTESTANTS[contestant]
     if contestant == "hstu, whole history":
         shape = {**shape, "window": WHOLE[data]}
+    if "layers" in shape:
+        shape = {"dropout": DROPOUT[data], **shape}
     shape = {**recipe(data, protocol, model_name).architecture, **shape, **json.loads(architecture)}
     budget = {"patience": 6, **BUDGETS[data], "seed": seed, **json.loads(training)}
     name = name or file_name(data, protocol, contestant, seed)
