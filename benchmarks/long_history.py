@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
@@ -28,6 +29,7 @@ from everlong.evaluate import Evaluation, evaluate
 from everlong.metrics import estimate, parse_metric
 from everlong.model import UserModel
 from everlong.models import config_class, load_model_class
+from everlong.models.persrec import PerSRec
 from everlong.provenance import hardware, versions
 from everlong.split import Protocol, Split, split
 from everlong.state import bytes_per_user
@@ -148,6 +150,7 @@ def run(
             row for row in test.by_history_length().to_dicts() if row["metric"] in METRICS
         ],
         "test_long_histories": long_histories(test),
+        "test_by_summary_age": by_summary_age(test, model),
         "versions": versions(),
         "hardware": hardware(),
     }
@@ -188,6 +191,24 @@ def long_histories(found: Evaluation) -> dict[str, Any]:
     values = estimate(found.ranks[inside], found.users[inside], parsed)
     facts = {name: value._asdict() for name, value in values.items()}
     return {"targets": int(inside.sum()), "users": len(set(found.users[inside])), **facts}
+
+
+def by_summary_age(found: Evaluation, model: UserModel) -> list[dict[str, Any]]:
+    """On a stream, NDCG@10 in four parts by the events since the last fold."""
+    if not isinstance(model, PerSRec):
+        return []
+    size, capacity = model.config.segment, model.config.capacity
+    age = (found.history_lengths - capacity - 1) % size + 1
+    part = np.where(found.history_lengths > capacity, (4 * (age - 1)) // size, -1)
+    rows = []
+    for number in range(4):
+        inside = part == number
+        if inside.any():
+            metric = parse_metric("NDCG@10")
+            value = estimate(found.ranks[inside], found.users[inside], [metric])["NDCG@10"]
+            events = f"{number * size // 4 + 1} to {(number + 1) * size // 4}"
+            rows.append({"events since": events, "targets": int(inside.sum()), **value._asdict()})
+    return rows
 
 
 @app.command("all")

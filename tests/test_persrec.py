@@ -265,6 +265,27 @@ def test_stored_summaries_give_the_scores_of_the_whole_pass(
         state = states.from_bytes(states.to_bytes(state), like=state)
 
 
+def test_training_draws_the_first_cut() -> None:
+    events, torch_seed = Batch.from_histories([history(30), history(3)]), 0
+    for random_cuts in (True, False):
+        model = made(keep=2, random_cuts=random_cuts)
+        torch.manual_seed(torch_seed)
+        found = torch.stack([model.train()(events) for _ in range(30)])
+        assert (len(found[:, 20].unique(dim=0)) > 2) == random_cuts
+        # up to the shortest first segment, and what is kept after it, nothing is cut off
+        torch.testing.assert_close(found[:, :3].std(0), torch.zeros(3, 8).double())
+        torch.testing.assert_close(found[0, :3], model.eval()(events)[:3])
+        served = torch.stack([model.eval()(events) for _ in range(2)])
+        assert torch.equal(served[0], served[1])
+
+
+def test_a_carried_history_is_cut_where_it_is_served() -> None:
+    model = made(keep=2)
+    _, state = model.encode(Batch.from_histories([history(9)]))
+    later = Batch.from_histories([history(20, 1)], [list(range(9, 29))])
+    torch.testing.assert_close(model.train()(later, state), model.eval()(later, state))
+
+
 def test_bytes_of_the_state() -> None:
     model = PerSRec(PerSRecConfig(num_items=5))
     summaries, events = 8 * 2 * 1 * 4 * 64 + 8 * 1, 12 * (256 + 64) + 16

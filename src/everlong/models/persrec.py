@@ -43,12 +43,15 @@ class PerSRecConfig(BackboneConfig):
         groups: summaries G that are kept; with one more the oldest leaves.
         keep: events before a cut that are still seen after it, beside their summary, until the
             next cut. With 0, as published, the first event after a cut sees summaries alone.
+        random_cuts: in training, where a history begins, its first segment has a random length,
+            so that in every epoch the summaries are of other stretches.
     """
 
     segment: int = 256
     tokens: int = 4
     groups: int = 1
     keep: int = 64
+    random_cuts: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,8 +311,9 @@ class PerSRec(UserModel):
         """Outputs ``[N, D]`` after each event, as of its own time, and the final states."""
         if state is None:
             state = self.initial_state(events.num_users)
-        folds = self._folds(state, events)
-        outputs, made = self._read(state, events, folds, self._cuts(state, events), events.times)
+        skipped = torch.zeros_like(state.filled)
+        folds, cuts = self._cuts(state, events, skipped)
+        outputs, made = self._read(state, events, folds, cuts, events.times)
         return outputs, self._after(state, events, folds, made)
 
     def forward(self, events: Batch, state: PerSRecState | None = None) -> Tensor:  # type: ignore[override]
@@ -318,7 +322,7 @@ class PerSRec(UserModel):
             state = self.initial_state(events.num_users)
         if events.num_events == 0:
             return self.reader.backbone.start.new_zeros(0, self.config.dim)
-        folds, cuts = self._folds(state, events), self._cuts(state, events)
+        folds, cuts = self._cuts(state, events, self._skipped(state))
         outputs, _ = self._read(state, events, folds, cuts, next_times(events))
         first = events.times[events.offsets[:-1].clamp(max=events.num_events - 1)]
         return shift(outputs, self.user(state, first), events.offsets)
@@ -360,27 +364,31 @@ class PerSRec(UserModel):
         """The embedding table, tied, as unit vectors."""
         return self.reader.backbone.item_head()
 
-    def _folds(self, state: PerSRecState, events: Batch) -> Tensor:
-        """``[B]`` how many segments are folded while the events come in."""
-        beyond = state.filled + events.lengths - self.config.capacity
-        folds: Tensor = -(-beyond.clamp(min=0) // self.config.segment)
-        return folds
+    def _skipped(self, state: PerSRecState) -> Tensor:
+        """``[B]`` events that the first segment of a history lacks; in training a random number."""
+        if not (self.training and self.config.random_cuts):
+            return torch.zeros_like(state.filled)
+        drawn = torch.randint(self.config.segment, state.filled.shape).to(state.filled.device)
+        return torch.where((state.filled == 0) & (state.groups == 0), drawn, 0)
 
-    def _cuts(self, state: PerSRecState, events: Batch) -> Cuts:
-        """Segments that cover the new events, and what of the state is in one with them."""
-        config, folds = self.config, self._folds(state, events)
+    def _cuts(self, state: PerSRecState, events: Batch, skipped: Tensor) -> tuple[Tensor, Cuts]:
+        """How many segments of each user are folded, and segments that cover the new events."""
+        config, held = self.config, state.filled + events.lengths
+        beyond = (held + skipped - config.capacity).clamp(min=0)
+        folds: Tensor = -(-beyond // config.segment)
         number = torch.where(events.lengths > 0, folds + 1, 0)
         user = rows_of(number)
         nth = runs(torch.zeros_like(number), number)
-        first = nth * config.segment
-        held = state.filled + events.lengths
-        return Cuts(
+        first = (nth * config.segment - skipped[user]).clamp(min=0)
+        stop = (nth * config.segment - skipped[user] + config.capacity).minimum(held[user])
+        folded = (nth + 1) * config.segment - skipped[user] - first
+        return folds, Cuts(
             user,
             nth,
             first,
-            (held[user] - first).clamp(max=config.capacity),
+            stop - first,
             torch.where(nth == 0, state.filled[user], config.keep),
-            torch.where(nth < folds[user], config.segment, 0),
+            torch.where(nth < folds[user], folded, 0),
         )
 
     def _read(
