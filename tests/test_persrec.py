@@ -10,6 +10,8 @@ from torch import Tensor
 
 from everlong import state as states
 from everlong.batch import Batch
+from everlong.losses import full_softmax
+from everlong.model import UserModel
 from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.persrec import (
     PerSRec,
@@ -20,6 +22,7 @@ from everlong.models.persrec import (
     runs,
     token_plan,
 )
+from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
 from everlong.ops.pointwise_attention import Blocks
 from everlong.testing import check_model
 
@@ -286,6 +289,54 @@ def test_a_carried_history_is_cut_where_it_is_served() -> None:
     torch.testing.assert_close(model.train()(later, state), model.eval()(later, state))
 
 
+CUES, FILLERS, ASK = 4, 10, 18
+
+
+def asked(number: int, generator: torch.Generator) -> Tensor:
+    """``[number, 72]``: a cue among the first 32 items, fillers, and at the end its answer."""
+    items = CUES + torch.randint(FILLERS, (number, 72), generator=generator)
+    cue = torch.randint(CUES, (number,), generator=generator)
+    items[torch.arange(number), torch.randint(32, (number,), generator=generator)] = cue
+    items[:, -2] = ASK
+    items[:, -1] = CUES + FILLERS + cue
+    return items
+
+
+def answered(model: UserModel, items: Tensor) -> Tensor:
+    """User vectors before the last item."""
+    number, length = items.shape
+    offsets = torch.arange(number + 1) * length
+    times = torch.arange(length).repeat(number)
+    vectors = model(Batch(items=items.flatten(), times=times, offsets=offsets))
+    return vectors.view(number, length, -1)[:, -1]
+
+
+def test_a_cue_beyond_the_recent_events_is_learned_through_tokens() -> None:
+    """It is 38 to 70 events back; without tokens the model sees 31 at most."""
+    shape = {"num_items": ASK + 1, "dim": 32, "dropout": 0.0}
+    stream = PerSRecConfig(**shape, segment=32, keep=8, groups=2, random_cuts=False)  # type: ignore[arg-type]
+    accuracy = {}
+    for name, make in {
+        "tokens": lambda: PerSRec(stream),
+        "recent": lambda: HSTU(HSTUConfig(**shape, window=16)),  # type: ignore[arg-type]
+    }.items():
+        torch.manual_seed(0)
+        model, generator = make(), torch.Generator().manual_seed(0)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(120):
+            items = asked(64, generator)
+            loss = full_softmax(answered(model, items), model.item_head(), items[:, -1])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        items = asked(200, generator)
+        best = model.read(answered(model.eval(), items)).argmax(1)
+        accuracy[name] = float((best == items[:, -1]).double().mean())
+    assert accuracy["tokens"] > 0.95
+    assert accuracy["recent"] < 0.4
+
+
 def test_bytes_of_the_state() -> None:
     model = PerSRec(PerSRecConfig(num_items=5))
     summaries, events = 8 * 2 * 1 * 4 * 64 + 8 * 1, 12 * (256 + 64) + 16
@@ -297,6 +348,15 @@ def test_a_state_of_another_shape_is_refused() -> None:
     data = states.to_bytes(one.initial_state(1))
     with pytest.raises(ValueError, match="belongs to another model"):
         states.from_bytes(data, like=two.initial_state(1))
+
+
+def test_a_state_of_another_schedule_is_refused() -> None:
+    stream = made()
+    paper = PaperPerSRec(PaperPerSRecConfig(num_items=ITEMS, **SIZES))  # type: ignore[arg-type]
+    for written, reader in ((stream, paper), (paper, stream)):
+        data = states.to_bytes(written.initial_state(1))
+        with pytest.raises(ValueError, match="belongs to another model"):
+            states.from_bytes(data, like=reader.initial_state(1))
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ class PaperPerSRec(UserModel):
         cuts = self._cuts(state.filled + events.lengths)
         outputs, made, tokens = self._read(state, events, cuts, events.times)
         busy = events.lengths > 0
-        final = self.append(state, events)
+        final = self.append(events, state)
         summed = self._with_summaries(final, made, tokens)
         return outputs, type(state)(
             *(
@@ -175,7 +175,7 @@ class PaperPerSRec(UserModel):
 
     def step(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:  # type: ignore[override]
         """Appends one event of each user; makes summaries anew that are due."""
-        state = self.append(state, events)
+        state = self.append(events, state)
         due = (state.age >= self.config.refresh).nonzero().flatten()
         if due.numel():
             state = states.put(state, due, self.refresh(states.take(state, due)))
@@ -305,7 +305,7 @@ class PaperPerSRec(UserModel):
         order = order[torch.argsort(joined.user[order], stable=True)]
         return Pieces(*(values[order] for values in joined))
 
-    def append(self, state: PaperPerSRecState, events: Batch) -> PaperPerSRecState:
+    def append(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:
         """The states after the events, with the summaries as they are."""
         room, lengths = state.items.shape[1], events.lengths
         number = torch.arange(room, device=lengths.device) - room + lengths[:, None]
