@@ -132,7 +132,7 @@ def dense_attention(
         bias: ``[N, N]``.
     """
     scores = torch.einsum("nhe,mhe->hnm", query, key) + bias
-    share = visible / visible.sum(1, keepdim=True).clamp(min=1)
+    share = visible.to(query.dtype) / visible.sum(1, keepdim=True).clamp(min=1)
     return torch.einsum("hnm,mhe->nhe", functional.silu(scores) * share, value)
 
 
@@ -284,7 +284,7 @@ def _packed(values: Tensor) -> Tensor:
 
 def _activate(scores: Tensor, block: Blocks, bias: _BlockBias | None) -> Tensor:
     """The weights ``[R, H, Q, C]`` from the products of queries and keys, which are used up."""
-    if scores.is_cpu:
+    if _fused(scores):
         return fused.activate(scores, block.first, block.stop, bias)
     share = _share(scores, block)
     return functional.silu(_biased(scores, block, bias)) * share
@@ -298,7 +298,7 @@ def _differentiate(
     d_bias: _BiasGrads | None,
 ) -> tuple[Tensor, Tensor]:
     """Weights and gradient of the scores, from products that are used up; adds to ``d_bias``."""
-    if scores.is_cpu:
+    if _fused(scores):
         return fused.differentiate(scores, d_weights, block.first, block.stop, bias, d_bias)
     share, scores = _share(scores, block), _biased(scores, block, bias)
     gate = scores.sigmoid()
@@ -312,6 +312,10 @@ def _differentiate(
     return scores * gate * share, d_scores
 
 
+def _fused(scores: Tensor) -> bool:
+    return scores.is_cpu
+
+
 def _share(scores: Tensor, block: Blocks) -> Tensor:
     """``[R, 1, Q, C]``: one by the number of visible keys, zero for a key that is not visible.
 
@@ -321,7 +325,7 @@ def _share(scores: Tensor, block: Blocks) -> Tensor:
     column = torch.arange(scores.shape[-1], device=scores.device)
     first, stop = block.first[..., None], block.stop[..., None]
     visible = (column >= first) & (column < stop)
-    return (visible / (stop - first).clamp(min=1))[:, None].to(scores.dtype)
+    return (visible.to(scores.dtype) / (stop - first).clamp(min=1))[:, None]
 
 
 def _biased(scores: Tensor, block: Blocks, bias: _BlockBias | None) -> Tensor:
