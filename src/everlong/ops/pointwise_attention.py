@@ -20,6 +20,7 @@ Forms, all equal in values and gradients:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,8 +33,8 @@ from everlong.ops import pointwise_attention_cpu as fused
 
 ELAPSED_BUCKETS = 64
 
-CHUNK_SCORES = 1 << 19
-"""Most scores, of all heads, that exist at one time, but for a block that has more alone: 2 MB in
+CHUNK_SCORES = 1 << 18
+"""Most scores, of all heads, that exist at one time, but for a block that has more alone: 1 MB in
 float32, the second-level cache of a core or two."""
 
 
@@ -177,57 +178,98 @@ class _Attention(torch.autograd.Function):
         ctx.plan, ctx.dtype = plan, query.dtype
         ctx.save_for_backward(query, key, value, distance, elapsed, query_times, key_times)
         with torch.autocast(query.device.type, enabled=False):
-            rows = _Rows.of(query, key, value)
-            mixed = torch.zeros_like(rows.query)
+            queries, keys, values = (_Rows.of(part) for part in (query, key, value))
+            mixed, room = queries.zeros(), _Room(queries.flat, plan, query.shape[1])
             for block in _chunks(plan, query.shape[1]):
-                bias = _block_bias(block, rows, distance, elapsed, query_times, key_times)
-                q, k, v = rows.gather(block)
-                weights = _activate(q @ k.transpose(2, 3), block, bias)
-                out = (weights @ v).transpose(1, 2)
-                mixed[block.queries[block.valid]] = out[block.valid]
-        return mixed
+                bias = _block_bias(block, queries, distance, elapsed, query_times, key_times)
+                own, seen = queries.places(block.queries, block.valid), keys.places(block.keys)
+                scores = room.product(queries.take(own), keys.take(seen).mT)
+                mixed.put(own, _activate(scores, block, bias) @ values.take(seen))
+        return mixed.all()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, distance, elapsed, query_times, key_times = ctx.saved_tensors
         with torch.autocast(query.device.type, enabled=False):
-            rows = _Rows.of(query, key, value)
-            d_query, d_key, d_value = (torch.zeros_like(part) for part in rows)
+            queries, keys, values = (_Rows.of(part) for part in (query, key, value))
+            given, d_query = _Rows.of(grads[0]), queries.zeros()
+            d_key, d_value = keys.zeros(), values.zeros()
             d_bias = None if distance is None else _BiasGrads.like(distance, elapsed)
+            room, other = (_Room(queries.flat, ctx.plan, query.shape[1]) for _ in range(2))
             for block in _chunks(ctx.plan, query.shape[1]):
-                bias = _block_bias(block, rows, distance, elapsed, query_times, key_times)
-                q, k, v = rows.gather(block)
-                d_out = (grads[0][block.queries] * block.valid[..., None, None]).transpose(1, 2)
+                bias = _block_bias(block, queries, distance, elapsed, query_times, key_times)
+                own, seen = queries.places(block.queries, block.valid), keys.places(block.keys)
+                q, k, d_out = queries.take(own), keys.take(seen), given.take(own)
                 weights, d_scores = _differentiate(
-                    q @ k.transpose(2, 3), d_out @ v.transpose(2, 3), block, bias, d_bias
+                    room.product(q, k.mT),
+                    other.product(d_out, values.take(seen).mT),
+                    block,
+                    bias,
+                    d_bias,
                 )
-                d_query[block.queries[block.valid]] = (d_scores @ k).transpose(1, 2)[block.valid]
-                flat = block.keys.flatten()
-                d_key.index_add_(0, flat, _packed(d_scores.transpose(2, 3) @ q))
-                d_value.index_add_(0, flat, _packed(weights.transpose(2, 3) @ d_out))
-        found = [part.to(ctx.dtype) for part in (d_query, d_key, d_value)]
+                d_query.put(own, d_scores @ k)
+                # not d_scores.mT @ q: the transpose of the wide factor makes a slow product
+                d_key.add(seen, (q.mT @ d_scores).mT)
+                d_value.add(seen, (d_out.mT @ weights).mT)
+        found = [part.all().to(ctx.dtype) for part in (d_query, d_key, d_value)]
         if d_bias is None:
             return *found, None, None, None, None, None
         return *found, d_bias.distance, d_bias.elapsed, None, None, None
 
 
 class _Rows(NamedTuple):
-    """Queries, keys and values in the dtype of the arithmetic."""
+    """Packed vectors by row and head, and one row more, which padding reads and writes."""
 
-    query: Tensor  # [Nq, H, E]
-    key: Tensor  # [Nk, H, E]
-    value: Tensor  # [Nk, H, E]
+    flat: Tensor  # [(N + 1) H, E], in the dtype of the arithmetic
+    heads: int
 
     @staticmethod
-    def of(query: Tensor, key: Tensor, value: Tensor) -> _Rows:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        return _Rows(*(part.detach().to(wide) for part in (query, key, value)))
+    def of(packed: Tensor) -> _Rows:
+        wide = torch.promote_types(packed.dtype, torch.float32)
+        one_more = functional.pad(packed.detach().to(wide), (0, 0, 0, 0, 0, 1))
+        return _Rows(one_more.flatten(0, 1), packed.shape[1])
 
-    def gather(self, block: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        """``[R, H, Q, E]``, ``[R, H, C, E]`` and ``[R, H, C, E]``."""
-        q, k, v = self.query[block.queries], self.key[block.keys], self.value[block.keys]
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    def zeros(self) -> _Rows:
+        return _Rows(torch.zeros_like(self.flat), self.heads)
+
+    def places(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
+        """``[R, H, X]`` where rows ``[R, X]`` stand, the last row in place of what is not valid."""
+        if valid is not None:
+            rows = torch.where(valid, rows, self.flat.shape[0] // self.heads - 1)
+        head = torch.arange(self.heads, device=rows.device)
+        return rows[:, None] * self.heads + head[:, None]
+
+    def take(self, places: Tensor) -> Tensor:
+        """``[R, H, X, E]``."""
+        taken = self.flat.index_select(0, places.flatten())
+        return taken.view(*places.shape, self.flat.shape[1])
+
+    def put(self, places: Tensor, values: Tensor) -> None:
+        self.flat.index_copy_(0, places.flatten(), values.flatten(0, 2))
+
+    def add(self, places: Tensor, values: Tensor) -> None:
+        self.flat.index_add_(0, places.flatten(), values.flatten(0, 2))
+
+    def all(self) -> Tensor:
+        """``[N, H, E]``."""
+        number = self.flat.shape[0] // self.heads - 1
+        return self.flat[: number * self.heads].view(number, self.heads, self.flat.shape[1])
+
+
+class _Room:
+    """Memory for the scores of one chunk after the other: fresh pages cost more than a product."""
+
+    def __init__(self, like: Tensor, plan: Sequence[Blocks], heads: int) -> None:
+        chunks = _chunks(plan, heads)
+        most = max((c.queries.numel() * c.keys.shape[1] * heads for c in chunks), default=0)
+        self.memory = like.new_empty(most)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right`` for ``[R, H, Q, E]`` and ``[R, H, E, C]``."""
+        shape = (*left.shape[:3], right.shape[3])
+        flat = self.memory[: math.prod(shape)].view(-1, *shape[2:])
+        return torch.bmm(left.flatten(0, 1), right.flatten(0, 1), out=flat).view(shape)
 
 
 class _BlockBias(NamedTuple):
@@ -252,7 +294,7 @@ class _BiasGrads(NamedTuple):
 
 def _block_bias(
     block: Blocks,
-    rows: _Rows,
+    queries: _Rows,
     distance: Tensor | None,
     elapsed: Tensor | None,
     query_times: Tensor | None,
@@ -261,8 +303,8 @@ def _block_bias(
     if distance is None or elapsed is None or query_times is None or key_times is None:
         return None
     return _BlockBias(
-        distance.detach().to(rows.query.dtype),
-        elapsed.detach().to(rows.query.dtype),
+        distance.detach().to(queries.flat.dtype),
+        elapsed.detach().to(queries.flat.dtype),
         query_times[block.queries],
         key_times[block.keys],
     )
@@ -275,11 +317,6 @@ def _chunks(plan: Sequence[Blocks], heads: int) -> Iterator[Blocks]:
         number = max(1, CHUNK_SCORES // max(each, 1))
         for start in range(0, block.queries.shape[0], number):
             yield Blocks(*(values[start : start + number] for values in block))
-
-
-def _packed(values: Tensor) -> Tensor:
-    """``[R C, H, E]`` from ``[R, H, C, E]``."""
-    return values.transpose(1, 2).flatten(0, 1)
 
 
 def _activate(scores: Tensor, block: Blocks, bias: _BlockBias | None) -> Tensor:
