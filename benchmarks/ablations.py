@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py run tokens         # 1, 2, 4, 8 or 16 tokens
     python benchmarks/ablations.py run placement      # the same 8 tokens after 1, 2 or 4 segments
-    python benchmarks/ablations.py run recent         # 16 to 256 recent events
+    python benchmarks/ablations.py run recent         # a quarter to twice as many recent events
     python benchmarks/ablations.py run bias           # relative bias or learned positions
     python benchmarks/ablations.py run gap            # trained with gaps, read at any age
     python benchmarks/ablations.py run tokens --log synthetic
@@ -20,7 +20,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,13 +45,6 @@ from quality import DATA_DIR, read_log
 from record import RESULTS
 
 FOLDER = RESULTS / "ablations"
-PLACEMENTS = {
-    "1 segment": ((256, 8),),
-    "2 segments": ((128, 4), (256, 4)),
-    "4 segments": ((64, 2), (128, 2), (192, 2), (256, 2)),
-}
-AGES = (0, 16, 64, 128, 256)
-"""Events since the summary was made, at which a model is read in the gap ablation."""
 
 
 class Log(StrEnum):
@@ -59,14 +52,49 @@ class Log(StrEnum):
     synthetic = "synthetic"
 
 
-VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
-    "tokens": {str(k): {"placement": ((PAST, k),)} for k in (1, 2, 4, 8, 16)},
-    "placement": {name: {"placement": places} for name, places in PLACEMENTS.items()},
-    "recent": {str(r): {"recent": r} for r in (16, 32, 64, 128, 256)},
-    "bias": {"relative bias": {}, "learned positions": {"relative_bias": False}},
-    "gap": {f"gaps up to {gap}": {"max_gap": gap} for gap in (0, 64, 256)},
+class Setting(NamedTuple):
+    """Events p of the past and r recent ones, and how many of each the synthetic log has."""
+
+    past: int
+    recent: int
+    dropout: float
+    budget: Mapping[str, Any]
+
+    @property
+    def ages(self) -> tuple[int, ...]:
+        """Events since the summary was made, at which a model is read in the gap ablation."""
+        return tuple(self.past * share // 16 for share in (0, 1, 4, 8, 16))
+
+    def base(self) -> dict[str, Any]:
+        placement = ((self.past, 4),)
+        return {**SHAPE, "dropout": self.dropout, "placement": placement, "recent": self.recent}
+
+    def variants(self, ablation: str) -> dict[str, dict[str, Any]]:
+        """What changes, by name of the variant."""
+        past, recent = self.past, self.recent
+        found: dict[str, dict[str, dict[str, Any]]] = {
+            "tokens": {str(k): {"placement": ((past, k),)} for k in (1, 2, 4, 8, 16)},
+            "placement": {
+                f"{n} of {8 // n}": {
+                    "placement": tuple((past * (i + 1) // n, 8 // n) for i in range(n))
+                }
+                for n in (1, 2, 4)
+            },
+            "recent": {
+                str(r): {"recent": r} for r in (recent // 4, recent // 2, recent, 2 * recent)
+            },
+            "bias": {"relative bias": {}, "learned positions": {"relative_bias": False}},
+            "gap": {f"gaps up to {g}": {"max_gap": g} for g in (0, recent, 4 * recent)},
+        }
+        return found[ablation]
+
+
+BUDGET = {"epochs": 20, "batch_events": 8_192, "lr": 4e-3, "validate_every": 5, "patience": 3}
+SETTINGS = {
+    Log.real: Setting(PAST, RECENT, DROPOUT["ml-1m"], BUDGET),
+    Log.synthetic: Setting(96, 32, 0.0, {**BUDGET, "batch_events": 4_096, "epochs": 30}),
 }
-BUDGET = {"epochs": 24, "batch_events": 8_192, "lr": 4e-3, "validate_every": 4, "patience": 3}
+ABLATIONS = ("tokens", "placement", "recent", "bias", "gap")
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
@@ -74,31 +102,25 @@ app = typer.Typer(help=__doc__, add_completion=False)
 def run(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DATA_DIR) -> None:
     """Trains all variants of an ablation that have no result yet, and draws the figure."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if ablation not in VARIANTS:
-        raise typer.BadParameter(f"expected one of {', '.join(VARIANTS)}, received {ablation!r}")
+    if ablation not in ABLATIONS:
+        raise typer.BadParameter(f"expected one of {', '.join(ABLATIONS)}, received {ablation!r}")
+    setting = SETTINGS[log]
     path = FOLDER / f"{log.value}-{ablation}.json"
     record = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    record |= {
-        "ablation": ablation,
-        "log": log.value,
-        "base": base(),
-    }
+    record |= {"ablation": ablation, "log": log.value, "base": setting.base()}
+    record |= {"ages": setting.ages, "budget": setting.budget}
     parts = real(data_dir) if log is Log.real else synthetic()
     for seed in range(seeds):
-        for label, change in VARIANTS[ablation].items():
+        for label, change in setting.variants(ablation).items():
             if any((r["variant"], r["seed"]) == (label, seed) for r in record["runs"]):
                 continue
-            found = one(parts, {**base(), **change}, seed, log, ablation)
+            found = one(parts, {**setting.base(), **change}, seed, setting, ablation)
             record["runs"].append({"variant": label, "seed": seed, **found})
             record |= {"versions": versions(), "hardware": hardware(), **parts.record()}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
             print(ablation, label, seed, found, flush=True)
     draw(record, path.with_suffix(".png"))
-
-
-def base() -> dict[str, Any]:
-    return {**SHAPE, "dropout": DROPOUT["ml-1m"], "placement": ((PAST, 4),), "recent": RECENT}
 
 
 def real(data_dir: Path) -> Split:
@@ -108,9 +130,9 @@ def real(data_dir: Path) -> Split:
 
 
 def synthetic() -> Split:
-    """The cue of every answer 128 to 256 events back: past what is recent, inside the past."""
+    """The cue of every answer is 40 to 120 events back: beyond what is recent, inside the past."""
     log = long_dependency(
-        3_000, distances=tuple(range(128, 257, 16)), num_cues=8, num_fillers=20, seed=0
+        2_000, distances=tuple(range(40, 121, 8)), num_cues=8, num_fillers=20, seed=0
     )
     protocol = PAPER.replace(
         {"name": "whole", "window": None, "drop_immediate_repeats": False, "seen": "keep"}
@@ -131,21 +153,19 @@ def synthetic() -> Split:
 
 
 def one(
-    parts: Split, shape: Mapping[str, Any], seed: int, log: Log, ablation: str
+    parts: Split, shape: Mapping[str, Any], seed: int, setting: Setting, ablation: str
 ) -> dict[str, Any]:
     """A variant trained, chosen on validation and tested."""
-    if log is Log.synthetic:
-        shape = {**shape, "dropout": 0.0}
     model = build("persrec_paper", shape, parts, seed)
     train(
         model,
         Dataset(parts.events, parts.train),
-        TrainConfig(**BUDGET, seed=seed),  # type: ignore[arg-type]
+        TrainConfig(**setting.budget, seed=seed),
         validate=lambda trained: measure(trained, parts),
     )
     found: dict[str, Any] = measure(model, parts, test=True)
     if ablation == "gap" and isinstance(model, PaperPerSRec):
-        found["by age"] = {str(age): at_age(model, parts, age) for age in AGES}
+        found["by age"] = {str(age): at_age(model, parts, age) for age in setting.ages}
     return found
 
 
@@ -193,8 +213,8 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     by_label = {label: [r for r in record["runs"] if r["variant"] == label] for label in labels}
     if record["ablation"] == "gap":
         for label, runs in by_label.items():
-            curve = [np.mean([r["by age"][str(age)] for r in runs]) for age in AGES]
-            axes.plot(AGES, curve, "o-", label=label)
+            curve = [np.mean([r["by age"][str(age)] for r in runs]) for age in record["ages"]]
+            axes.plot(record["ages"], curve, "o-", label=label)
         axes.set(xlabel="events since the summary was made", ylabel="NDCG@10")
         axes.legend(fontsize=8)
     else:
