@@ -1,11 +1,11 @@
 """What each part of PerSRec is worth: one command an ablation, each with a figure.
 
-    python benchmarks/ablations.py run tokens         # 1, 2, 4, 8 or 16 tokens
-    python benchmarks/ablations.py run placement      # the same 8 tokens after 1, 2 or 4 segments
-    python benchmarks/ablations.py run recent         # a quarter to twice as many recent events
-    python benchmarks/ablations.py run bias           # relative bias or learned positions
-    python benchmarks/ablations.py run gap            # trained with gaps, read at any age
-    python benchmarks/ablations.py run tokens --log synthetic
+    python benchmarks/ablations.py tokens         # 1, 2, 4, 8 or 16 tokens
+    python benchmarks/ablations.py placement      # the same 8 tokens after 1, 2 or 4 segments
+    python benchmarks/ablations.py recent         # a quarter to twice as many recent events
+    python benchmarks/ablations.py bias           # relative bias or learned positions
+    python benchmarks/ablations.py gap            # trained with gaps, read at any age
+    python benchmarks/ablations.py tokens --log synthetic
 
 The log is ml-1m without users of up to p + r = 320 events, so that every target has a past to
 compress; or the synthetic log of ``long_dependency.py`` with the cue in the past segment, where
@@ -95,11 +95,9 @@ SETTINGS = {
     Log.synthetic: Setting(96, 32, 0.0, {**BUDGET, "batch_events": 4_096, "epochs": 30}),
 }
 ABLATIONS = ("tokens", "placement", "recent", "bias", "gap")
-app = typer.Typer(help=__doc__, add_completion=False)
 
 
-@app.command()
-def run(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DATA_DIR) -> None:
+def main(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DATA_DIR) -> None:
     """Trains all variants of an ablation that have no result yet, and draws the figure."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if ablation not in ABLATIONS:
@@ -236,4 +234,4 @@ def bars(axes: Any, labels: Sequence[str], values: Sequence[Sequence[float]]) ->
 
 
 if __name__ == "__main__":
-    app()
+    typer.run(main)
