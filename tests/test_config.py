@@ -25,6 +25,22 @@ class Shape:
             raise ValueError(f"expected width >= 1, received {self.width}")
 
 
+@dataclass(frozen=True)
+class Places:
+    placement: tuple[tuple[int, int], ...] = ()
+    name: str = ""
+
+
+def test_lists_come_as_json() -> None:
+    assert load_settings(Places, {"placement": "[[64, 4], [128, 2]]"}).placement == (
+        (64, 4),
+        (128, 2),
+    )
+    with pytest.raises(ValueError, match=r"placement: .* received '\[\[64'"):
+        load_settings(Places, {"placement": "[[64"})
+    assert load_settings(Places, {"name": "[a"}).name == "[a"
+
+
 def test_values_and_defaults() -> None:
     knobs = load_settings(Knobs, {"size": 7})
     assert (type(knobs), knobs.size, knobs.rate) == (Knobs, 7, 0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ class Settings(BaseModel):
 def load_settings(kind: type[T], values: Mapping[str, Any]) -> T:
     """An instance of ``kind`` (a ``Settings`` class or a dataclass) from plain values.
 
-    Numbers may come as text, as from a command line.
+    Numbers may come as text, as from a command line, and lists as JSON.
 
     Raises:
         ValueError: naming the key, what was expected and what came.
@@ -32,7 +33,7 @@ def load_settings(kind: type[T], values: Mapping[str, Any]) -> T:
         if key not in names:
             raise ValueError(unknown("setting", key, names, of=kind.__name__))
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return TypeAdapter(kind).validate_python({k: _list(v) for k, v in values.items()})
     except ValidationError as error:
         problems = "; ".join(_problem(details) for details in error.errors())
         raise ValueError(f"{kind.__name__}: {problems}") from None
@@ -54,6 +55,16 @@ def _problem(details: ErrorDetails) -> str:
     if not details["loc"]:
         return text
     return f"{'.'.join(map(str, details['loc']))}: {text}, received {details['input']!r}"
+
+
+def _list(value: Any) -> Any:
+    """The list that a text such as ``[[256, 4]]`` says; anything else as it is."""
+    if not (isinstance(value, str) and value.startswith("[")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 def _names(kind: type[Any]) -> set[str]:
