@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from everlong.ops import linear_scan as module
 from everlong.ops.linear_scan import (
     as_complex,
     as_planar,
@@ -410,3 +411,14 @@ def test_misfits_are_named(form: str, change: dict[str, Tensor], message: str) -
     pack = make_pack([2, 3], 2, torch.float32)._replace(**change)
     with pytest.raises(ValueError, match=message):
         ALL[form](*pack)
+
+
+def test_no_function_is_compiled_twice() -> None:
+    """Numba's cache on disk would load the first of the two for both."""
+    for one, two in (
+        (module._forward, module._forward_alone),
+        (module._backward, module._backward_alone),
+    ):
+        assert one.py_func.__qualname__ != two.py_func.__qualname__
+        assert one.targetoptions.get("parallel")
+        assert not two.targetoptions.get("parallel")

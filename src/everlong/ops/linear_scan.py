@@ -200,58 +200,79 @@ def _splits(offsets: Tensor, inputs: Tensor) -> int:
     return 1 if users >= 16 or channels % 32 else channels // 32
 
 
-@njit(parallel=True, cache=True, nogil=True)  # pragma: no cover - compiled
-def _forward(u, decay, state, offsets, h, splits):  # type: ignore[no-untyped-def]
+@njit(cache=True, nogil=True)  # pragma: no cover - compiled
+def _forward_part(work, u, decay, state, offsets, h, splits):  # type: ignore[no-untyped-def]
     half = decay.shape[1]
     width = half // splits
+    user, lo = work // splits, (work % splits) * width
+    a, b = decay[0, lo : lo + width], decay[1, lo : lo + width]
+    re = state[user, lo : lo + width].copy()
+    im = state[user, half + lo : half + lo + width].copy()
+    for event in range(offsets[user], offsets[user + 1]):
+        u_re, u_im = u[event, lo : lo + width], u[event, half + lo : half + lo + width]
+        h_re, h_im = h[event, lo : lo + width], h[event, half + lo : half + lo + width]
+        for c in range(width):
+            new_re = a[c] * re[c] - b[c] * im[c] + u_re[c]
+            new_im = a[c] * im[c] + b[c] * re[c] + u_im[c]
+            re[c] = new_re
+            im[c] = new_im
+            h_re[c] = new_re
+            h_im[c] = new_im
+
+
+@njit(cache=True, nogil=True)  # pragma: no cover - compiled
+def _backward_part(work, dh, h, decay, state, offsets, du, d_state, partial, splits):  # type: ignore[no-untyped-def]
+    # g_t = dh_t + conj(decay) g_{t+1}; du_t = g_t; d_decay = sum_t g_t conj(h_{t-1})
+    half = decay.shape[1]
+    width = half // splits
+    user, lo = work // splits, (work % splits) * width
+    hi, im_lo, im_hi = lo + width, half + lo, half + lo + width
+    a, b = decay[0, lo:hi], decay[1, lo:hi]
+    g_re, g_im = d_state[user, lo:hi], d_state[user, im_lo:im_hi]
+    s_re, s_im = partial[user, lo:hi], partial[user, im_lo:im_hi]
+    first = offsets[user]
+    for event in range(offsets[user + 1] - 1, first - 1, -1):
+        if event > first:
+            p_re, p_im = h[event - 1, lo:hi], h[event - 1, im_lo:im_hi]
+        else:
+            p_re, p_im = state[user, lo:hi], state[user, im_lo:im_hi]
+        d_re, d_im = dh[event, lo:hi], dh[event, im_lo:im_hi]
+        o_re, o_im = du[event, lo:hi], du[event, im_lo:im_hi]
+        for c in range(width):
+            # the running gradient is kept already multiplied by conj(decay)
+            new_re = d_re[c] + g_re[c]
+            new_im = d_im[c] + g_im[c]
+            o_re[c] = new_re
+            o_im[c] = new_im
+            s_re[c] += new_re * p_re[c] + new_im * p_im[c]
+            s_im[c] += new_im * p_re[c] - new_re * p_im[c]
+            g_re[c] = a[c] * new_re + b[c] * new_im
+            g_im[c] = a[c] * new_im - b[c] * new_re
+
+
+# Two functions each, not one compiled twice: Numba's cache on disk knows a function by its name and
+# its code, so that the first of two compilations would be loaded for both.
+
+
+@njit(parallel=True, cache=True, nogil=True)  # pragma: no cover - compiled
+def _forward(u, decay, state, offsets, h, splits):  # type: ignore[no-untyped-def]
     for work in prange((offsets.shape[0] - 1) * splits):
-        user, lo = work // splits, (work % splits) * width
-        a, b = decay[0, lo : lo + width], decay[1, lo : lo + width]
-        re = state[user, lo : lo + width].copy()
-        im = state[user, half + lo : half + lo + width].copy()
-        for event in range(offsets[user], offsets[user + 1]):
-            u_re, u_im = u[event, lo : lo + width], u[event, half + lo : half + lo + width]
-            h_re, h_im = h[event, lo : lo + width], h[event, half + lo : half + lo + width]
-            for c in range(width):
-                new_re = a[c] * re[c] - b[c] * im[c] + u_re[c]
-                new_im = a[c] * im[c] + b[c] * re[c] + u_im[c]
-                re[c] = new_re
-                im[c] = new_im
-                h_re[c] = new_re
-                h_im[c] = new_im
+        _forward_part(work, u, decay, state, offsets, h, splits)
+
+
+@njit(cache=True, nogil=True)  # pragma: no cover - compiled
+def _forward_alone(u, decay, state, offsets, h, splits):  # type: ignore[no-untyped-def]
+    for work in range((offsets.shape[0] - 1) * splits):
+        _forward_part(work, u, decay, state, offsets, h, splits)
 
 
 @njit(parallel=True, cache=True, nogil=True)  # pragma: no cover - compiled
 def _backward(dh, h, decay, state, offsets, du, d_state, partial, splits):  # type: ignore[no-untyped-def]
-    # g_t = dh_t + conj(decay) g_{t+1}; du_t = g_t; d_decay = sum_t g_t conj(h_{t-1})
-    half = decay.shape[1]
-    width = half // splits
     for work in prange((offsets.shape[0] - 1) * splits):
-        user, lo = work // splits, (work % splits) * width
-        hi, im_lo, im_hi = lo + width, half + lo, half + lo + width
-        a, b = decay[0, lo:hi], decay[1, lo:hi]
-        g_re, g_im = d_state[user, lo:hi], d_state[user, im_lo:im_hi]
-        s_re, s_im = partial[user, lo:hi], partial[user, im_lo:im_hi]
-        first = offsets[user]
-        for event in range(offsets[user + 1] - 1, first - 1, -1):
-            if event > first:
-                p_re, p_im = h[event - 1, lo:hi], h[event - 1, im_lo:im_hi]
-            else:
-                p_re, p_im = state[user, lo:hi], state[user, im_lo:im_hi]
-            d_re, d_im = dh[event, lo:hi], dh[event, im_lo:im_hi]
-            o_re, o_im = du[event, lo:hi], du[event, im_lo:im_hi]
-            for c in range(width):
-                # the running gradient is kept already multiplied by conj(decay)
-                new_re = d_re[c] + g_re[c]
-                new_im = d_im[c] + g_im[c]
-                o_re[c] = new_re
-                o_im[c] = new_im
-                s_re[c] += new_re * p_re[c] + new_im * p_im[c]
-                s_im[c] += new_im * p_re[c] - new_re * p_im[c]
-                g_re[c] = a[c] * new_re + b[c] * new_im
-                g_im[c] = a[c] * new_im - b[c] * new_re
+        _backward_part(work, dh, h, decay, state, offsets, du, d_state, partial, splits)
 
 
-# the same loops on the calling thread alone
-_forward_alone = njit(cache=True, nogil=True)(_forward.py_func)
-_backward_alone = njit(cache=True, nogil=True)(_backward.py_func)
+@njit(cache=True, nogil=True)  # pragma: no cover - compiled
+def _backward_alone(dh, h, decay, state, offsets, du, d_state, partial, splits):  # type: ignore[no-untyped-def]
+    for work in range((offsets.shape[0] - 1) * splits):
+        _backward_part(work, dh, h, decay, state, offsets, du, d_state, partial, splits)

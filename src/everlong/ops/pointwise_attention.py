@@ -5,7 +5,8 @@ A query with visible columns ``first .. stop - 1`` of its keys gives
     sum_c silu(q . k_c + bias_c) v_c / (stop - first)
 
 and zero where it sees nothing. Queries and keys are packed rows; a plan of blocks says which
-queries see which keys, so that no table of all queries by all keys ever exists.
+queries see which keys, so that no table of all queries by all keys ever exists. A NaN in a key or a
+value may reach every query of the blocks that hold it.
 
 Per pair of query and key and head: 4 E operations in products forward and 10 E backward (the
 scores are computed again), one exponential each way, and nothing kept but queries, keys and values.
@@ -43,8 +44,8 @@ class Blocks(NamedTuple):
 
     queries: Tensor  # [R, Q] int64, rows of the queries; where padded, any row
     keys: Tensor  # [R, C] int64, rows of the keys; where padded, any row
-    first: Tensor  # [R, Q] int64, first visible column
-    stop: Tensor  # [R, Q] int64, one past the last; nothing is visible where stop <= first
+    first: Tensor  # [R, Q] int64, first visible column, 0 .. C also where padded
+    stop: Tensor  # [R, Q] int64, one past the last, 0 .. C; sees nothing where stop <= first
     valid: Tensor  # [R, Q] bool, False where padded
 
 
@@ -64,7 +65,8 @@ def elapsed_bucket(seconds: Tensor) -> Tensor:
     these are the exponent and the first bit of the mantissa as they stand in a float32. Times
     below zero count as zero.
     """
-    bits = (seconds.clamp(min=0) + 1).to(torch.float32).view(torch.int32)
+    # nothing later than 2^32 s changes the bucket, and one more than the largest int64 is negative
+    bits = (seconds.clamp(0, 1 << 32) + 1).to(torch.float32).view(torch.int32)
     return ((bits >> 22) - 254).clamp(max=ELAPSED_BUCKETS - 1).to(torch.int64)
 
 

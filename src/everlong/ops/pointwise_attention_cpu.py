@@ -20,6 +20,9 @@ PARALLEL_SCORES = 1 << 18
 """Below so many scores waking other threads costs more than it saves."""
 
 
+_FOREVER = 1 << 32  # seconds, as in elapsed_bucket
+
+
 class BlockBias(Protocol):
     """Tables, and when the queries and keys of a block are."""
 
@@ -148,18 +151,17 @@ _FLAGS: Any = {
 @njit(**_FLAGS)  # pragma: no cover - compiled
 def _bias_row(bias, bucket, distance, elapsed, when, times, low, high):  # type: ignore[no-untyped-def]
     """Writes bias and elapsed bucket of the columns ``low .. high - 1`` of one query."""
-    most = distance.size - 1
-    near = max(high - 1 - most, low)
-    for c in range(low, near):
-        bias[c] = distance[most]
-    back = distance[: high - near][::-1]
-    for c in range(near, high):
-        bias[c] = back[c - near]
-    for c in range(low, high):
-        passed = np.float32(max(when - times[c], 0) + 1)
-        bucket[c] = min((_to_bits(passed) >> np.int32(22)) - np.int32(254), np.int32(63))
-    for c in range(low, high):
-        bias[c] += elapsed[bucket[c]]
+    # slices from zero on: with indexes that might be negative no loop is compiled to vectors
+    added, place, then = bias[low:high], bucket[low:high], times[low:high]
+    near = min(added.size, distance.size)
+    far = added.size - near
+    added[:far] = distance[distance.size - 1]
+    added[far:] = distance[:near][::-1]
+    for c in range(added.size):
+        passed = np.float32(min(max(when - then[c], 0), _FOREVER) + 1)
+        place[c] = min((_to_bits(passed) >> np.int32(22)) - np.int32(254), np.int32(63))
+    for c in range(added.size):
+        added[c] += elapsed[place[c]]
 
 
 @njit(**_FLAGS)  # pragma: no cover - compiled
@@ -194,26 +196,47 @@ def _differentiate_row(row, d_row, bias, total, low, high):  # type: ignore[no-u
         sums[c] += gradient
 
 
-@njit(parallel=True, **_FLAGS)  # pragma: no cover - compiled
-def _activate(scores, first, stop, distance, elapsed, query_times, key_times):  # type: ignore[no-untyped-def]
-    blocks, heads, queries, columns = scores.shape
-    for r in prange(blocks):
-        bias = np.zeros(columns, dtype=scores.dtype)
-        bucket = np.zeros(columns, dtype=np.int32)
-        for q in range(queries):
-            low, high = first[r, q], stop[r, q]
-            if high <= low:
-                scores[r, :, q] = 0.0
-                continue
-            if distance.size:
-                when, times = query_times[r, q], key_times[r]
-                _bias_row(bias, bucket, distance, elapsed, when, times, low, high)
-            for h in range(heads):
-                _activate_row(scores[r, h, q], bias, low, high)
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _sum_row(total, bucket, d_distance, d_elapsed):  # type: ignore[no-untyped-def]
+    """Adds the gradients of one query's biases to those of the tables."""
+    near = min(total.size, d_distance.size)
+    far = total.size - near
+    back, own = total[far:][::-1], d_distance[:near]
+    for c in range(near):
+        own[c] += back[c]
+    for c in range(far):
+        d_distance[near - 1] += total[c]
+    # neighbours mostly share a bucket: their sum stays in a register
+    last, run = bucket[0], total[0]
+    for c in range(1, total.size):
+        if bucket[c] != last:
+            d_elapsed[last] += run
+            last, run = bucket[c], total[c]
+        else:
+            run += total[c]
+    d_elapsed[last] += run
 
 
-@njit(parallel=True, **_FLAGS)  # pragma: no cover - compiled
-def _differentiate(  # type: ignore[no-untyped-def]
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _activate_block(r, scores, first, stop, distance, elapsed, query_times, key_times):  # type: ignore[no-untyped-def]
+    _, heads, queries, columns = scores.shape
+    bias = np.zeros(columns, dtype=scores.dtype)
+    bucket = np.zeros(columns, dtype=np.int32)
+    for q in range(queries):
+        low, high = first[r, q], stop[r, q]
+        if high <= low:
+            scores[r, :, q] = 0.0
+            continue
+        if distance.size:
+            when, times = query_times[r, q], key_times[r]
+            _bias_row(bias, bucket, distance, elapsed, when, times, low, high)
+        for h in range(heads):
+            _activate_row(scores[r, h, q], bias, low, high)
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _differentiate_block(  # type: ignore[no-untyped-def]
+    r,
     scores,
     d_weights,
     first,
@@ -225,30 +248,77 @@ def _differentiate(  # type: ignore[no-untyped-def]
     d_distance,
     d_elapsed,
 ):
-    blocks, heads, queries, columns = scores.shape
-    for r in prange(blocks):
-        bias = np.zeros(columns, dtype=scores.dtype)
-        total = np.zeros(columns, dtype=scores.dtype)
-        bucket = np.zeros(columns, dtype=np.int32)
-        most = distance.size - 1
-        for q in range(queries):
-            low, high = first[r, q], stop[r, q]
-            if high <= low:
-                scores[r, :, q] = 0.0
-                d_weights[r, :, q] = 0.0
-                continue
-            if distance.size:
-                when, times = query_times[r, q], key_times[r]
-                _bias_row(bias, bucket, distance, elapsed, when, times, low, high)
-                total[low:high] = 0.0
-            for h in range(heads):
-                _differentiate_row(scores[r, h, q], d_weights[r, h, q], bias, total, low, high)
-            if distance.size:
-                for c in range(low, high):
-                    d_distance[r, min(high - 1 - c, most)] += total[c]
-                    d_elapsed[r, bucket[c]] += total[c]
+    _, heads, queries, columns = scores.shape
+    bias = np.zeros(columns, dtype=scores.dtype)
+    total = np.zeros(columns, dtype=scores.dtype)
+    bucket = np.zeros(columns, dtype=np.int32)
+    for q in range(queries):
+        low, high = first[r, q], stop[r, q]
+        if high <= low:
+            scores[r, :, q] = 0.0
+            d_weights[r, :, q] = 0.0
+            continue
+        if distance.size:
+            when, times = query_times[r, q], key_times[r]
+            _bias_row(bias, bucket, distance, elapsed, when, times, low, high)
+            total[low:high] = 0.0
+        for h in range(heads):
+            _differentiate_row(scores[r, h, q], d_weights[r, h, q], bias, total, low, high)
+        if distance.size:
+            _sum_row(total[low:high], bucket[low:high], d_distance[r], d_elapsed[r])
 
 
-# the same loops on the calling thread alone
-_activate_alone = njit(**_FLAGS)(_activate.py_func)
-_differentiate_alone = njit(**_FLAGS)(_differentiate.py_func)
+# Two functions each, not one compiled twice: Numba's cache on disk knows a function by its name and
+# its code, so that the first of two compilations would be loaded for both.
+
+
+@njit(parallel=True, **_FLAGS)  # pragma: no cover - compiled
+def _activate(scores, first, stop, distance, elapsed, query_times, key_times):  # type: ignore[no-untyped-def]
+    for r in prange(scores.shape[0]):
+        _activate_block(r, scores, first, stop, distance, elapsed, query_times, key_times)
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _activate_alone(scores, first, stop, distance, elapsed, query_times, key_times):  # type: ignore[no-untyped-def]
+    for r in range(scores.shape[0]):
+        _activate_block(r, scores, first, stop, distance, elapsed, query_times, key_times)
+
+
+@njit(parallel=True, **_FLAGS)  # pragma: no cover - compiled
+def _differentiate(  # type: ignore[no-untyped-def]
+    scores, d_weights, first, stop, distance, elapsed, query_times, key_times, d_distance, d_elapsed
+):
+    for r in prange(scores.shape[0]):
+        _differentiate_block(
+            r,
+            scores,
+            d_weights,
+            first,
+            stop,
+            distance,
+            elapsed,
+            query_times,
+            key_times,
+            d_distance,
+            d_elapsed,
+        )
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _differentiate_alone(  # type: ignore[no-untyped-def]
+    scores, d_weights, first, stop, distance, elapsed, query_times, key_times, d_distance, d_elapsed
+):
+    for r in range(scores.shape[0]):
+        _differentiate_block(
+            r,
+            scores,
+            d_weights,
+            first,
+            stop,
+            distance,
+            elapsed,
+            query_times,
+            key_times,
+            d_distance,
+            d_elapsed,
+        )
