@@ -12,7 +12,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from everlong.cli import app
+from everlong.models import BUILTIN, config_class, load_model_class
 from everlong.sources import demo_log
+from everlong.state import bytes_per_user
 from everlong.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -119,3 +121,20 @@ def test_the_tables_are_what_the_records_say(monkeypatch: pytest.MonkeyPatch) ->
     assert tables.insert(readme, tables.short_table(runs)) == readme
     results = (ROOT / "docs" / "results.md").read_text()
     assert tables.insert(results, tables.long_table(runs)) == results
+
+
+def test_the_table_of_models_is_complete_and_true() -> None:
+    rows = re.findall(
+        r"^\| (`.*`) \|.*\| ([\d,]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    stated = {
+        name: int(size.replace(",", ""))
+        for names, size in rows
+        for name in re.findall("`(.*?)`", names)
+    }
+    sizes = {}
+    for name in BUILTIN:
+        kind = load_model_class(name)
+        state = kind(config_class(kind)(num_items=10)).initial_state(1)  # type: ignore[arg-type]
+        sizes[name] = bytes_per_user(state)
+    assert stated == sizes
