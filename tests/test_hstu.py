@@ -159,7 +159,7 @@ def test_bytes_of_the_state() -> None:
         ({"window": 0}, "window >= 1, received 0"),
         ({"layers": 0}, "layers >= 1, received 0"),
         ({"heads": 3}, "multiple of heads=3"),
-        ({"temperature": 0.0}, "temperature > 0, received 0.0"),
+        ({"temperature": 0.002}, "temperature >= 0.01, received 0.002"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:

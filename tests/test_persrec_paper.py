@@ -99,11 +99,10 @@ def test_every_event_of_the_past_reaches_the_scores() -> None:
         assert not torch.allclose(scores_of(model, items), scores_of(model, other))
 
 
-def test_every_event_is_a_target_once_and_no_target_is_a_token() -> None:
-    """Row n of the training output comes from event n - 1, also across the cuts."""
+def test_each_row_comes_from_the_event_before_across_the_cuts() -> None:
+    """So every event is a target once, and no target is a token."""
     model = made()
     items = history(14)
-    outputs, _ = model.encode(Batch.from_histories([items]))
     trained = model(Batch.from_histories([items], [[0] * 14]))
     outputs, _ = model.encode(Batch.from_histories([items], [[0] * 14]))
     assert trained.shape[0] == len(items)
@@ -121,6 +120,12 @@ def test_training_draws_cuts_and_gaps() -> None:
     model.eval()
     fixed = torch.stack([model(events)[-1] for _ in range(3)])
     assert len(fixed.unique(dim=0)) == 1
+
+
+def test_bytes_of_the_state() -> None:
+    config = PaperPerSRecConfig(num_items=5, placement=((1_024, 4),), recent=256)
+    expected = 8 * 2 * 4 * 64 + 8 * 4 + 12 * (1_024 + 256) + 24
+    assert states.bytes_per_user(PaperPerSRec(config).initial_state(1)) == expected
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4])

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong import state as states
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel, shift
 from everlong.ops.dropout import Dropout
@@ -43,7 +42,9 @@ class BackboneConfig:
         layers: blocks of attention.
         dropout: on embeddings and on what leaves the attention of each layer.
         relative_bias: add learned biases by distance and by elapsed time to the scores of the
-            attention; without them, learned positions are added to the embeddings instead.
+            attention; without them, learned positions are added to the embeddings instead. They
+            count from the beginning of a history (PerSRec: of a segment) and share one vector from
+            the last position on: of a history longer than its window HSTU then knows no order.
         temperature: scores are cosines divided by it; 0.05 is published.
         learn_temperature: learn it from there, never below 0.01.
     """
@@ -66,8 +67,8 @@ class BackboneConfig:
                 f"heads share the width evenly: expected dim a multiple of heads={self.heads}, "
                 f"received dim={self.dim}"
             )
-        if not self.temperature > 0:
-            raise ValueError(f"expected temperature > 0, received {self.temperature}")
+        if not self.temperature >= 0.01:
+            raise ValueError(f"expected temperature >= 0.01, received {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,7 @@ class Backbone(nn.Module):
             nn.init.trunc_normal_(self.positions, std=0.02, a=-0.04, b=0.04)
         self.layers = nn.ModuleList(Layer(config, reach) for _ in range(config.layers))
         self.dropout = Dropout(config.dropout)
+        # a bias by name, which weight decay spares
         sharpness = torch.tensor(-math.log(config.temperature))
         self.log_sharpness_bias = nn.Parameter(sharpness, requires_grad=config.learn_temperature)
 
@@ -224,7 +226,7 @@ class HSTU(UserModel):
         self.backbone = Backbone(config, reach=config.window, places=config.window)
 
     def initial_state(self, num_users: int) -> HSTUState:
-        """No events; the start vector is what the last layer reads."""
+        """No events."""
         config, start = self.config, self.backbone.start
         # one user's zeros, seen as those of all: training begins here with every batch
         ring = start.new_zeros(1, config.layers, config.window, config.dim)
@@ -234,7 +236,7 @@ class HSTU(UserModel):
             ring.expand(num_users, -1, -1, -1),
             times.expand(num_users, -1),
             times.new_zeros(num_users),
-            start.expand(num_users, -1).contiguous(),
+            start.new_zeros(num_users, config.dim),
         )
 
     def encode(self, events: Batch, state: HSTUState | None = None) -> tuple[Tensor, HSTUState]:  # type: ignore[override]
@@ -251,8 +253,7 @@ class HSTU(UserModel):
         if events.num_events == 0:
             return self.backbone.start.new_zeros(0, self.config.dim)
         outputs = self._run(events, state, next_times(events)).outputs
-        first = events.times[events.offsets[:-1].clamp(max=events.num_events - 1)]
-        return shift(outputs, self.user(state, first), events.offsets)
+        return shift(outputs, self.user(state, first_times(events)), events.offsets)
 
     def user(self, state: HSTUState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event.
@@ -263,19 +264,17 @@ class HSTU(UserModel):
         vectors = self.backbone.nobody().expand(state.seen.numel(), -1)
         if some.numel() == 0:
             return vectors
-        state = states.take(state, some)
-        visible = state.seen.clamp(max=window)
+        seen, times = state.seen[some], state.times[some]
+        visible = seen.clamp(max=window)
         rows, zero = torch.arange(some.numel(), device=some.device), torch.zeros_like(some)
         plan = make_plan(
             Spans(rows, rows, zero + 1, visible - 1, zero),
-            lambda user, column: (
-                user * window + (state.seen[user] - visible[user] + column) % window
-            ),
+            lambda user, column: user * window + (seen[user] - visible[user] + column) % window,
         )
-        at = state.times[rows, (state.seen - 1) % window] if at is None else at[some]
-        key, value = (part[:, -1].flatten(0, 1) for part in (state.keys, state.values))
-        sight = Sight(plan, at, state.times.flatten())
-        outputs = self.backbone.layers[-1](state.newest, key, value, sight)
+        at = times[rows, (seen - 1) % window] if at is None else at[some]
+        key, value = (part[some, -1].flatten(0, 1) for part in (state.keys, state.values))
+        sight = Sight(plan, at, times.flatten())
+        outputs = self.backbone.layers[-1](state.newest[some], key, value, sight)
         return vectors.index_copy(0, some, self.backbone.user(outputs))
 
     def score(  # type: ignore[override]
@@ -340,9 +339,11 @@ class HSTU(UserModel):
         users, places = (number >= state.seen[:, None]).nonzero(as_tuple=True)
         row = events.offsets[users] + number[users, places] - state.seen[users]
 
+        layer = torch.arange(self.config.layers, device=count.device)
+
         def ring(old: Tensor, layers: Iterable[Tensor]) -> Tensor:
             fresh = torch.stack([part[row] for part in layers], dim=1)
-            return old.transpose(1, 2).index_put((users, places), fresh).transpose(1, 2)
+            return old.index_put((users[:, None], layer, places[:, None]), fresh)
 
         keys, values = zip(*run.memories, strict=True)
         busy = lengths > 0
@@ -368,6 +369,11 @@ def next_times(events: Batch) -> Tensor:
     following = torch.arange(1, events.num_events + 1, device=events.times.device)
     last = events.offsets[1:][events.lengths > 0] - 1
     return events.times[following.index_copy(0, last, last)]
+
+
+def first_times(events: Batch) -> Tensor:
+    """``[B]`` the time of each user's first event of the batch; of a user without events any."""
+    return events.times[events.offsets[:-1].clamp(max=events.num_events - 1)]
 
 
 class _Run(NamedTuple):

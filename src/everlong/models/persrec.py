@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from everlong import state as states
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel, shift
-from everlong.models.hstu import Backbone, BackboneConfig, Sight, next_times
+from everlong.models.hstu import Backbone, BackboneConfig, Sight, first_times, next_times
 from everlong.ops.pointwise_attention import Blocks
 from everlong.ops.spans import Spans, make_plan, split_runs
 
@@ -110,7 +110,7 @@ class Segments(NamedTuple):
     tokens: Tensor  # [S] tokens that follow, 0 for none
     token_rows: Tensor  # [T] which learned token each is
     columns: Tensor  # [S, m] tokens that the segment sees
-    hidden: Tensor  # [S] how many of the first columns do not count
+    hidden: Tensor  # [S] how many of the first columns do not count, and may say anything
 
 
 class Summaries(NamedTuple):
@@ -324,8 +324,7 @@ class PerSRec(UserModel):
             return self.reader.backbone.start.new_zeros(0, self.config.dim)
         folds, cuts = self._cuts(state, events, self._skipped(state))
         outputs, _ = self._read(state, events, folds, cuts, next_times(events))
-        first = events.times[events.offsets[:-1].clamp(max=events.num_events - 1)]
-        return shift(outputs, self.user(state, first), events.offsets)
+        return shift(outputs, self.user(state, first_times(events)), events.offsets)
 
     def step(self, events: Batch, state: PerSRecState) -> PerSRecState:  # type: ignore[override]
         """Appends one event of each user; where there is no place for it, folds a segment first."""
@@ -432,10 +431,8 @@ class PerSRec(UserModel):
         new = before[cuts.user][:, None] + number - groups
         old = folds.sum() + cuts.user[:, None] * groups + number
         group = torch.where(number < groups, old, new)
-        hidden = most - visible
-        group = group.masked_fill(torch.arange(most, device=group.device) < hidden[:, None], 0)
         columns = group[:, :, None] * tokens + torch.arange(tokens, device=group.device)
-        return columns.flatten(1), hidden * tokens
+        return columns.flatten(1), (most - visible) * tokens
 
     def _fold(self, state: PerSRecState) -> PerSRecState:
         """The states after the first R events of each, who all have R + keep, are folded."""

@@ -6,8 +6,12 @@ Where the cut stands depends on how many events there are: each further event mo
 summaries with it, so a summary that is not made anew grows old. ``persrec`` cuts where it never
 has to.
 
-State: summaries of the past, ``8 L K D`` bytes, and the last p + r events from which they are made
-anew, ``12 (p + r)``: 4 KB and 15 KB at L = 2, K = 4, D = 64, p = 1,024, r = 256.
+State: summaries of the past, ``8 L K D + 8 K`` bytes, and the last p + r events from which they are
+made anew, ``12 (p + r) + 24``: 4 KB and 15 KB at L = 2, K = 4, D = 64, p = 1,024, r = 256.
+
+Departures from the published code: relative biases, which count the columns that a query sees, so
+that tokens of several segments stand side by side; the divisor; no tokens for empty segments; the
+first event of each segment is a target and no token ever is.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from torch import Tensor
 from everlong import state as states
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel, shift
-from everlong.models.hstu import BackboneConfig, next_times
+from everlong.models.hstu import BackboneConfig, first_times, next_times
 from everlong.models.persrec import Reader, Segments, Summaries, check_depth, rows_of, runs
 
 
@@ -34,9 +38,11 @@ class PaperPerSRecConfig(BackboneConfig):
     Attributes:
         placement: ``(offset, k)`` in order: after the first ``offset`` events of the past stand k
             learned tokens, which read the events since the offset before. The last offset is p.
-        recent: events r after the past.
+        recent: events r after the past. In training between r / 2 and r, drawn for each user, so
+            that in every epoch the summaries are of another stretch (published: always r).
         refresh: the summaries are made anew once so many events have come since; until then
-            the oldest recent events drop out unread, as many as have come.
+            the oldest recent events drop out unread, as many as have come. With 1 every step reads
+            all p + r events.
         max_gap: in training, up to so many events between past and recent ones, drawn anew for
             each user, are seen by neither; a model that is refreshed seldom should know gaps.
     """
@@ -170,8 +176,7 @@ class PaperPerSRec(UserModel):
         held = state.filled + events.lengths
         cuts = self._random_cuts(held) if self.training else self._cuts(held)
         outputs, _, _ = self._read(state, events, cuts, next_times(events))
-        first = events.times[events.offsets[:-1].clamp(max=events.num_events - 1)]
-        return shift(outputs, self.user(state, first), events.offsets)
+        return shift(outputs, self.user(state, first_times(events)), events.offsets)
 
     def step(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:  # type: ignore[override]
         """Appends one event of each user; makes summaries anew that are due."""
@@ -251,15 +256,12 @@ class PaperPerSRec(UserModel):
         new = state.items.numel() + events.offsets[owner] + row - held
         source = torch.where(row < held, owner * room + room - held + row, new)
         # tokens that a segment sees: those of its user's segments before it
-        tokens = torch.zeros_like(held[:0]).new_zeros(cuts.held.numel())
-        tokens = tokens.index_add(0, pieces.user, pieces.tokens)
+        tokens = torch.zeros_like(cuts.held).index_add(0, pieces.user, pieces.tokens)
         before = pieces.tokens.cumsum(0) - pieces.tokens
         base = tokens.cumsum(0) - tokens
         visible = before - base[pieces.user]
-        visible = visible.masked_fill(~pieces.sighted, 0)
         most = int(visible.max()) if visible.numel() else 0
         column = torch.arange(most, device=row.device)
-        hidden = most - visible
         columns = (before - most)[:, None] + column
         segments = Segments(
             torch.cat([state.items.flatten().long(), events.items])[source],
@@ -269,8 +271,8 @@ class PaperPerSRec(UserModel):
             torch.where(pieces.tokens > 0, length, 0),
             pieces.tokens,
             runs(pieces.token_row, pieces.tokens),
-            columns.masked_fill(column < hidden[:, None], 0),
-            hidden,
+            columns,
+            most - visible,
         )
         nothing = Summaries(state.keys[:0, 0], state.values[:0, 0], state.times[:0, 0])
         outputs, made = self.reader(segments, nothing, query_times)
@@ -286,7 +288,7 @@ class PaperPerSRec(UserModel):
         count = -(-oldest // config.past)
         user = rows_of(count)
         begin = runs(torch.zeros_like(count), count) * config.past
-        found.append(Pieces.plain(user, begin, (begin + config.past).minimum(oldest[user]), False))
+        found.append(Pieces.plain(user, begin, (begin + config.past).minimum(oldest[user])))
         offset = token = 0
         for place, number in config.placement:
             begin = (cuts.past_end - config.past + offset).clamp(min=0)[some]
@@ -294,15 +296,14 @@ class PaperPerSRec(UserModel):
             # the published code gives tokens to an empty segment too, which read nothing
             tokens = torch.where(end > begin, number, 0)
             row = torch.full_like(tokens, token)
-            found.append(Pieces(some, begin, end, tokens, row, torch.ones_like(row).bool()))
+            found.append(Pieces(some, begin, end, tokens, row))
             offset, token = place, token + number
         for begin, end in ((cuts.past_end, cuts.recent), (cuts.recent, cuts.held)):
-            found.append(Pieces.plain(some, begin[some], end[some], True))
+            found.append(Pieces.plain(some, begin[some], end[some]))
         joined = Pieces(*(torch.cat(values) for values in zip(*found, strict=True)))
         joined = Pieces(*(values[joined.end > joined.begin] for values in joined))
-        # the order of users, and of each user's segments
-        order = torch.argsort(joined.begin, stable=True)
-        order = order[torch.argsort(joined.user[order], stable=True)]
+        # each user's are in order already
+        order = torch.argsort(joined.user, stable=True)
         return Pieces(*(values[order] for values in joined))
 
     def append(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:
@@ -347,10 +348,9 @@ class Pieces(NamedTuple):
     end: Tensor  # [S] one past the last
     tokens: Tensor  # [S] tokens that read it
     token_row: Tensor  # [S] the first of these among the learned tokens
-    sighted: Tensor  # [S] bool, whether it sees earlier tokens
 
     @staticmethod
-    def plain(user: Tensor, begin: Tensor, end: Tensor, sighted: bool) -> Pieces:
+    def plain(user: Tensor, begin: Tensor, end: Tensor) -> Pieces:
         """Segments without tokens of their own."""
         none = torch.zeros_like(user)
-        return Pieces(user, begin, end, none, none, torch.full_like(user, sighted).bool())
+        return Pieces(user, begin, end, none, none)

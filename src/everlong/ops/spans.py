@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,7 +48,10 @@ def split_runs(lengths: Tensor, most: int = QUERIES) -> tuple[Tensor, Tensor, Te
 def make_plan(
     spans: Spans, keys_at: Callable[[Tensor, Tensor], Tensor], window: int | None = None
 ) -> list[Blocks]:
-    """Blocks of spans with similar numbers of keys, which waste about a fifth of their places.
+    """Blocks of spans with similar numbers of keys, of which about a fifth are padding.
+
+    Of the pairs of queries and columns in a block about half are seen; with a window that is short
+    beside ``QUERIES`` a third.
 
     Args:
         spans: the runs.
@@ -59,9 +63,7 @@ def make_plan(
     known = width[order].tolist()
     plan, low = [], 0
     while low < len(known):
-        longest, high = max(SHORT, known[low] * 5 // 4), low
-        while high < len(known) and known[high] <= longest:
-            high += 1
+        high = bisect_right(known, max(SHORT, known[low] * 5 // 4), lo=low)
         plan.append(_block(Spans(*(v[order[low:high]] for v in spans)), keys_at, window))
         low = high
     return plan
@@ -77,7 +79,7 @@ def _block(spans: Spans, keys_at: Callable[[Tensor, Tensor], Tensor], window: in
     first = spans.first[:, None].expand_as(stop)
     if window is not None:
         first = first.maximum(stop - window)
-    # padding repeats the last column; where a span has none before ``first`` it is never seen
+    # padding repeats the last column; columns before ``first``, which may be nowhere, are not asked
     columns = column.minimum(width[:, None] - 1).maximum(spans.first[:, None])
     keys = keys_at(spans.owner[:, None], columns)
     return Blocks(spans.row[:, None] + nth, keys, first, stop, query <= last)
