@@ -38,6 +38,7 @@ from everlong.models.persrec_paper import PaperPerSRec
 from everlong.provenance import hardware, versions
 from everlong.sources.synthetic import long_dependency
 from everlong.split import PAPER, Segments, Split, split
+from everlong.state import put, take
 from everlong.topk import mask_items, rank_of
 from everlong.train import TrainConfig, train
 from long_history import DROPOUT, PAST, RECENT, SHAPE, build, whole
@@ -187,11 +188,8 @@ def at_age(model: PaperPerSRec, parts: Split, age: int) -> float:
         for number in range(age):
             rows = torch.from_numpy(np.flatnonzero(made + number < test.stop))
             at = made[rows.numpy()] + number
-            part = type(state)(*(value[rows] for value in state))
-            stepped = model.append(gather(events, at, at + 1), part)
-            state = type(state)(
-                *(a.index_copy(0, rows, b) for a, b in zip(state, stepped, strict=True))
-            )
+            older = model.append(gather(events, at, at + 1), take(state, rows))
+            state = put(state, rows, older)
         target = gather(events, test.stop, test.stop + 1)
         scores = model.score(state, at=target.times)
         if parts.protocol.seen == "mask":
@@ -228,9 +226,6 @@ def bars(axes: Any, labels: Sequence[str], values: Sequence[Sequence[float]]) ->
         axes.bar(place, np.mean(found), color="#7fb0de", width=0.6)
         axes.plot([place] * len(found), found, ".", color="#1f3f68")
     axes.set_xticks(range(len(labels)), labels)
-    low = min(min(found) for found in values)
-    # the differences are small beside the value
-    axes.set_ylim(bottom=max(0.0, low - 0.25 * low))
 
 
 if __name__ == "__main__":

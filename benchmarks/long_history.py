@@ -4,9 +4,10 @@
     python benchmarks/long_history.py all                 # every run that has no result yet
     python benchmarks/long_history.py table               # the table of docs/compression.md
 
-Histories are read whole: no protocol cuts them to a window. HSTU sees all of a history or its
-last r events; PerSRec sees r recent events, give or take a few, and of the p before them what K
-tokens a segment tell. The logs are those of ``quality.py``, as are its baselines' settings.
+Histories are read whole: no protocol cuts them to a window. HSTU sees all of a history, or in each
+of its three layers the last r events, 3 (r - 1) + 1 = 190 in all; PerSRec sees r recent events,
+give or take a few, and of the p before them what K tokens a segment tell. The logs are those of
+``quality.py``, as are its baselines' settings.
 Each run writes ``results/long_history/<data>-<protocol>-<model>-<seed>.json``.
 """
 
@@ -256,7 +257,7 @@ def text_table(records: Sequence[Mapping[str, Any]]) -> str:
             ]
             if not mine:
                 continue
-            long = [r["test_long_histories"]["NDCG@10"]["mean"] for r in mine]
+            long = [r["test_long_histories"].get("NDCG@10", {}).get("mean") for r in mine]
             rate = mine[0]["training_events_per_second"]
             lines.append(
                 (
@@ -264,7 +265,7 @@ def text_table(records: Sequence[Mapping[str, Any]]) -> str:
                     protocol,
                     contestant,
                     *(spread([r["test"][metric] for r in mine]) for metric in METRICS),
-                    spread(long),
+                    spread(long) if None not in long else "-",
                     str(len(mine)),
                     f"{mine[0]['bytes_per_user']:,}",
                     f"{rate:,}" if rate else "-",
