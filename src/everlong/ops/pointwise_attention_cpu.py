@@ -111,8 +111,8 @@ _to_float: Any = intrinsic(_as_float)
 
 
 def _exp(x: Any) -> Any:
-    """``e ** x``, by type."""
-    raise NotImplementedError("compiled code only")
+    """``e ** x``; compiled code has a form of its own for each type."""
+    return math.exp(x)
 
 
 @overload(_exp, inline="always")
