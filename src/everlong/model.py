@@ -84,8 +84,11 @@ class UserModel(nn.Module):
         outputs, _ = self.encode(events, state)
         return shift(outputs, self.user(state), events.offsets)
 
-    def user(self, state: State) -> Tensor:
-        """The user vector of a state, ``[B, D]``."""
+    def user(self, state: State, at: Tensor | None = None) -> Tensor:
+        """The user vector of a state, ``[B, D]``, at the times ``at [B]`` of requests.
+
+        Models without time ignore ``at``; the others take that of the newest event without it.
+        """
         vector: Tensor = state.user  # type: ignore[attr-defined]
         return vector
 
@@ -112,7 +115,7 @@ class UserModel(nn.Module):
         Returns:
             ``[B, I]`` or ``[B, C]``, higher is better.
         """
-        return self.read(self.user(state), items)
+        return self.read(self.user(state, at), items)
 
 
 class CountingModel(UserModel):

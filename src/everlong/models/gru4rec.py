@@ -95,7 +95,7 @@ class GRU4Rec(UserModel):
         hidden = state.hidden.index_copy(0, users, last.transpose(0, 1))
         return self._leave(outputs), GRU4RecState(hidden)
 
-    def user(self, state: GRU4RecState) -> Tensor:  # type: ignore[override]
+    def user(self, state: GRU4RecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]``, from the last layer."""
         return self._leave(state.hidden[:, -1])
 

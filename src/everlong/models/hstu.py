@@ -277,12 +277,6 @@ class HSTU(UserModel):
         outputs = self.backbone.layers[-1](state.newest[some], key, value, sight)
         return vectors.index_copy(0, some, self.backbone.user(outputs))
 
-    def score(  # type: ignore[override]
-        self, state: HSTUState, items: Tensor | None = None, at: Tensor | None = None
-    ) -> Tensor:
-        """Scores at the time of the request."""
-        return self.read(self.user(state, at), items)
-
     def item_head(self) -> ItemHead:
         """The embedding table, tied, as unit vectors."""
         return self.backbone.item_head()

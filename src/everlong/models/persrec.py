@@ -353,12 +353,6 @@ class PerSRec(UserModel):
         outputs, _ = self._read(state, nothing, none, cuts, at)
         return vectors.index_copy(0, some, outputs)
 
-    def score(  # type: ignore[override]
-        self, state: PerSRecState, items: Tensor | None = None, at: Tensor | None = None
-    ) -> Tensor:
-        """Scores at the time of the request."""
-        return self.read(self.user(state, at), items)
-
     def item_head(self) -> ItemHead:
         """The embedding table, tied, as unit vectors."""
         return self.reader.backbone.item_head()

@@ -145,7 +145,7 @@ class SASRec(UserModel):
         new = events.items[:, None].to(torch.int32)
         return SASRecState(torch.cat([state.items[:, 1:], new], dim=1), state.seen + 1)
 
-    def user(self, state: SASRecState) -> Tensor:  # type: ignore[override]
+    def user(self, state: SASRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]``: attention over the last W events of each user."""
         vectors = self.start.expand(state.seen.numel(), -1)
         windows = latest(state.seen, self.config.window)
