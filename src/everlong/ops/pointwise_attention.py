@@ -22,7 +22,7 @@ Forms, all equal in values and gradients:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -181,8 +181,9 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, distance, elapsed, query_times, key_times)
         with torch.autocast(query.device.type, enabled=False):
             queries, keys, values = (_Rows.of(part) for part in (query, key, value))
-            mixed, room = queries.zeros(), _Room(queries.flat, plan, query.shape[1])
-            for block in _chunks(plan, query.shape[1]):
+            chunks = _chunks(plan, query.shape[1])
+            mixed, room = queries.zeros(), _Room(queries.flat, chunks, query.shape[1])
+            for block in chunks:
                 bias = _block_bias(block, queries, distance, elapsed, query_times, key_times)
                 own, seen = queries.places(block.queries, block.valid), keys.places(block.keys)
                 scores = room.product(queries.take(own), keys.take(seen).mT)
@@ -198,8 +199,9 @@ class _Attention(torch.autograd.Function):
             given, d_query = _Rows.of(grads[0]), queries.zeros()
             d_key, d_value = keys.zeros(), values.zeros()
             d_bias = None if distance is None else _BiasGrads.like(distance, elapsed)
-            room, other = (_Room(queries.flat, ctx.plan, query.shape[1]) for _ in range(2))
-            for block in _chunks(ctx.plan, query.shape[1]):
+            chunks = _chunks(ctx.plan, query.shape[1])
+            room, other = (_Room(queries.flat, chunks, query.shape[1]) for _ in range(2))
+            for block in chunks:
                 bias = _block_bias(block, queries, distance, elapsed, query_times, key_times)
                 own, seen = queries.places(block.queries, block.valid), keys.places(block.keys)
                 q, k, d_out = queries.take(own), keys.take(seen), given.take(own)
@@ -262,8 +264,7 @@ class _Rows(NamedTuple):
 class _Room:
     """Memory for the scores of one chunk after the other: fresh pages cost more than a product."""
 
-    def __init__(self, like: Tensor, plan: Sequence[Blocks], heads: int) -> None:
-        chunks = _chunks(plan, heads)
+    def __init__(self, like: Tensor, chunks: Sequence[Blocks], heads: int) -> None:
         most = max((c.queries.numel() * c.keys.shape[1] * heads for c in chunks), default=0)
         self.memory = like.new_empty(most)
 
@@ -312,13 +313,15 @@ def _block_bias(
     )
 
 
-def _chunks(plan: Sequence[Blocks], heads: int) -> Iterator[Blocks]:
+def _chunks(plan: Sequence[Blocks], heads: int) -> list[Blocks]:
     """The blocks, in parts that have few scores at one time."""
+    chunks = []
     for block in plan:
         each = heads * block.queries.shape[1] * block.keys.shape[1]
         number = max(1, CHUNK_SCORES // max(each, 1))
         for start in range(0, block.queries.shape[0], number):
-            yield Blocks(*(values[start : start + number] for values in block))
+            chunks.append(Blocks(*(values[start : start + number] for values in block)))
+    return chunks
 
 
 def _activate(scores: Tensor, block: Blocks, bias: _BlockBias | None) -> Tensor:
