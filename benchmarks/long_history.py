@@ -62,7 +62,8 @@ SHAPE = {"layers": 3, "heads": 2}
 DROPOUT = {"ml-1m": 0.2, "ml-latest-small": 0.3, "ml-100k": 0.3, "online-retail": 0.3}
 CONTESTANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "hstu, whole history": ("hstu", SHAPE),
-    "hstu, recent": ("hstu", {**SHAPE, "window": RECENT}),
+    "hstu, recent 190": ("hstu", {**SHAPE, "window": RECENT}),
+    "hstu, recent 64": ("hstu", {**SHAPE, "window": (RECENT - 1) // SHAPE["layers"] + 1}),
     "persrec, one segment": (
         "persrec_paper",
         {**SHAPE, "placement": ((PAST, 4),), "recent": RECENT},
