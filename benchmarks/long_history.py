@@ -2,11 +2,13 @@
 
     python benchmarks/long_history.py run ml-1m paper persrec --seed 0
     python benchmarks/long_history.py all                 # every run that has no result yet
-    python benchmarks/long_history.py table               # the table of docs/compression.md
+    python benchmarks/long_history.py requests            # milliseconds a request and an event
+    python benchmarks/long_history.py table               # the tables of docs/compression.md
 
-Histories are read whole: no protocol cuts them to a window. HSTU sees all of a history, or in each
-of its three layers the last r events, 3 (r - 1) + 1 = 190 in all; PerSRec sees r recent events,
-give or take a few, and of the p before them what K tokens a segment tell. The logs are those of
+Histories are read whole: no protocol cuts them to a window. HSTU sees all of a history; or in each
+of its three layers the last r = 64 events, 3 (r - 1) + 1 = 190 in all; or in each the last 22, r in
+all. PerSRec sees r recent events, give or take a few, and of the p before them what K tokens a
+segment tell. The logs are those of
 ``quality.py``, as are its baselines' settings.
 Each run writes ``results/long_history/<data>-<protocol>-<model>-<seed>.json``.
 """
@@ -15,17 +17,22 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
+import numba
 import numpy as np
 import torch
 import typer
 
+from everlong.batch import Batch
 from everlong.dataset import Dataset
+from everlong.encode import serving
 from everlong.evaluate import Evaluation, evaluate
 from everlong.metrics import estimate, parse_metric
 from everlong.model import UserModel
@@ -33,14 +40,16 @@ from everlong.models import config_class, load_model_class
 from everlong.models.persrec import PerSRec
 from everlong.provenance import hardware, versions
 from everlong.split import Protocol, Split, split
-from everlong.state import bytes_per_user
+from everlong.state import State, bytes_per_user
 from everlong.train import TrainConfig, train
 from quality import DATA_DIR, protocol_for, read_log, recipe
-from record import RESULTS
+from record import RESULTS, write_result
 from tables import insert, spread
 
 RUNS = RESULTS / "long_history"
 PAGE = Path(__file__).parents[1] / "docs" / "compression.md"
+REQUESTS = "long_history_requests"
+REQUEST_EVENTS, REQUEST_ITEMS = 1_280, 3_416
 METRICS = ("NDCG@10", "Recall@10")
 SEEDS = (0, 1, 2)
 TABLE = (
@@ -226,16 +235,88 @@ def run_all(data_dir: Path = DATA_DIR, only: str = "", seeds: int = len(SEEDS)) 
 
 
 @app.command()
+def requests(rounds: int = 15) -> None:
+    """Times a request and an event of every contestant side by side, one user on one core."""
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randint(REQUEST_ITEMS, (REQUEST_EVENTS,), generator=generator)
+    times = torch.arange(REQUEST_EVENTS) * 3_600  # an event an hour
+    history = Batch(items=items, times=times, offsets=torch.tensor([0, REQUEST_EVENTS]))
+    newest = Batch.one_event_each(items[:1], times[-1:] + 60)
+    asked = times[-1:] + 120
+    with ExitStack() as quiet:
+        served: dict[str, tuple[UserModel, State]] = {}
+        for contestant, (name, shape) in CONTESTANTS.items():
+            if name in LEARNING:
+                if contestant == "hstu, whole history":
+                    shape = {**shape, "window": WHOLE["ml-1m"]}
+                config = config_class(load_model_class(name))(num_items=REQUEST_ITEMS, **shape)
+                torch.manual_seed(0)
+                model = load_model_class(name)(config)  # type: ignore[arg-type]
+                quiet.enter_context(serving(model))
+                served[contestant] = model, model.encode(history)[1]
+        seconds: dict[str, dict[str, list[float]]] = {
+            name: {"request": [], "event": []} for name in served
+        }
+        for number in range(rounds + 1):
+            for contestant, (model, state) in served.items():
+                began = time.perf_counter()
+                model.score(state, at=asked)
+                middle = time.perf_counter()
+                model.step(newest, state)
+                if number > 0:
+                    seconds[contestant]["request"].append(middle - began)
+                    seconds[contestant]["event"].append(time.perf_counter() - middle)
+    found = {
+        contestant: {
+            f"{kind}_ms": round(1e3 * statistics.median(v), 3) for kind, v in kinds.items()
+        }
+        for contestant, kinds in seconds.items()
+    }
+    facts = {"events": REQUEST_EVENTS, "items": REQUEST_ITEMS, "rounds": rounds}
+    print(json.dumps(found, indent=1), write_result(REQUESTS, {**facts, "contestants": found}))
+
+
+@app.command()
 def table() -> None:
-    """Writes the table of the page from the records."""
-    PAGE.write_text(insert(PAGE.read_text(), text_table(read_records())))
+    """Writes the tables of the page from the records."""
+    records = read_records()
+    path = RESULTS / f"{REQUESTS}.json"
+    timed = json.loads(path.read_text())["contestants"] if path.exists() else {}
+    text = "\n".join((text_table(records, timed), "", length_table(records)))
+    PAGE.write_text(insert(PAGE.read_text(), text))
 
 
 def read_records() -> list[Mapping[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
 
 
-def text_table(records: Sequence[Mapping[str, Any]]) -> str:
+def grouped(
+    records: Sequence[Mapping[str, Any]],
+) -> Iterator[tuple[str, str, str, list[Mapping[str, Any]]]]:
+    """Log, protocol, contestant and the records of its seeds, in the order of the table."""
+    for data, protocol in TABLE:
+        for contestant in CONTESTANTS:
+            key = (data, protocol, contestant)
+            mine = [
+                r
+                for r in records
+                if (r["data"], r["protocol"]["protocol"]["name"], r["contestant"]) == key
+            ]
+            if mine:
+                yield data, protocol, contestant, mine
+
+
+def long_mean(record: Mapping[str, Any]) -> float:
+    """NDCG@10 of the targets after more than p + r events."""
+    value: float = record["test_long_histories"].get("NDCG@10", {}).get("mean", math.nan)
+    return value
+
+
+def text_table(
+    records: Sequence[Mapping[str, Any]], timed: Mapping[str, Mapping[str, float]]
+) -> str:
     """One row a log, protocol and contestant."""
     header = (
         "log",
@@ -243,35 +324,60 @@ def text_table(records: Sequence[Mapping[str, Any]]) -> str:
         "model",
         *METRICS,
         f"NDCG@10, more than {PAST + RECENT} events",
+        "of whole HSTU",
         "seeds",
         "bytes per user",
+        "request, ms",
+        "event, ms",
         "training, events/s",
     )
     lines = [header, ["---"] * len(header)]
-    for data, protocol in TABLE:
-        for contestant in CONTESTANTS:
-            mine = [
-                r
-                for r in records
-                if (r["data"], r["protocol"]["protocol"]["name"], r["contestant"])
-                == (data, protocol, contestant)
-            ]
-            if not mine:
-                continue
-            long = [r["test_long_histories"].get("NDCG@10", {}).get("mean") for r in mine]
-            rate = mine[0]["training_events_per_second"]
-            lines.append(
-                (
-                    data,
-                    protocol,
-                    contestant,
-                    *(spread([r["test"][metric] for r in mine]) for metric in METRICS),
-                    spread(long) if None not in long else "-",
-                    str(len(mine)),
-                    f"{mine[0]['bytes_per_user']:,}",
-                    f"{rate:,}" if rate else "-",
-                )
+    whole_means = {
+        (data, protocol): statistics.mean(long_mean(r) for r in mine)
+        for data, protocol, contestant, mine in grouped(records)
+        if contestant == "hstu, whole history"
+    }
+    for data, protocol, contestant, mine in grouped(records):
+        long = [long_mean(r) for r in mine]
+        rate = mine[0]["training_events_per_second"]
+        best = whole_means.get((data, protocol), math.nan)
+        times = timed.get(contestant, {})
+        lines.append(
+            (
+                data,
+                protocol,
+                contestant,
+                *(spread([r["test"][metric] for r in mine]) for metric in METRICS),
+                "-" if math.isnan(long[0]) else spread(long),
+                "-" if math.isnan(long[0] / best) else f"{statistics.mean(long) / best:.0%}",
+                str(len(mine)),
+                f"{mine[0]['bytes_per_user']:,}",
+                *(f"{times[kind]:.2f}" if times else "-" for kind in ("request_ms", "event_ms")),
+                f"{rate:,}" if rate else "-",
             )
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def length_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """NDCG@10 by the length of the history before the target, mean over seeds."""
+    groups = [row for r in records for row in r["test_by_history_length"]]
+    names = sorted(
+        {row["history"] for row in groups}, key=lambda name: int(name.rstrip("+").split("-")[0])
+    )
+    header = ("log", "protocol", "model", *(f"{name} events" for name in names))
+    lines = [header, ["---"] * len(header)]
+    for data, protocol, contestant, mine in grouped(records):
+        cells = []
+        for name in names:
+            values = [
+                row["mean"]
+                for r in mine
+                for row in r["test_by_history_length"]
+                if (row["history"], row["metric"]) == (name, "NDCG@10")
+            ]
+            cells.append(f"{statistics.mean(values):.4f}" if values else "-")
+        lines.append((data, protocol, contestant, *cells))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
