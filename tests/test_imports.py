@@ -14,9 +14,10 @@ ROOT = Path(everlong.__file__).parent
 LAYERS = """
     atomic interrupt clock table state batch model config progress provenance
     ids events index audit items sources
-    split dataset encode
+    split dataset requests encode
     ops models
     losses checkpoint train
+    ranking_losses
     topk metrics evaluate
     users folder card recommender pipeline
     report plots testing bench demo fitting cli

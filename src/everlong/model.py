@@ -53,6 +53,11 @@ class UserModel(nn.Module):
             )
         self.num_items = num_items
 
+    @property
+    def set_dependent(self) -> bool:
+        """Whether the score of a candidate depends on which others it stands among."""
+        return False
+
     @abstractmethod
     def initial_state(self, num_users: int) -> State:
         """The state of users without events, every field ``[num_users, ...]``."""
@@ -68,6 +73,10 @@ class UserModel(nn.Module):
         Returns:
             The output after each event ``[N, D]`` and the state after each user's last event.
         """
+
+    def advance(self, events: Batch, state: State | None = None) -> State:
+        """The state after each user's last event: what ``encode`` returns, without the outputs."""
+        return self.encode(events, state)[1]
 
     def step(self, events: Batch, state: State) -> State:
         """Reads one event of each user: ``events`` holds exactly one event a user."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -40,54 +40,69 @@ log = logging.getLogger(__name__)
 EVEN = 256
 """Events of a piece come in multiples of this where products are narrow."""
 
+B = TypeVar("B")
+
 Validate = Callable[[UserModel], dict[str, float]]
 
 
-class TrainConfig(Settings):
-    """How a model is trained; nothing here changes what it is.
+class LoopConfig(Settings):
+    """What every training has, whatever is learnt.
 
     Attributes:
-        epochs: passes over the training events, at most.
-        batch_events: events of an update (whole histories are packed up to this budget).
-        piece_events: events read at once. The gradients of an update's pieces are added up, so
-            that activations take the memory of one piece. A history longer than a piece goes on
-            in the next one from its carried state; gradients stop at the border.
+        epochs: passes over the training data, at most.
         lr, schedule, warmup: AdamW's rate; constant, or falling to zero along a half cosine over
             ``epochs``; rising linearly over the first ``warmup`` share of them.
         weight_decay: of AdamW, on matrices only; never on biases and norms.
         decay_recurrence: decay the recurrence parameters too, as LRURec's published code does,
             which pulls the memory of every channel towards one event.
         clip: bound on the norm of the gradient.
-        loss: full softmax, sampled softmax, or one of these by the size of the catalogue
-            (``auto``); or ``nce``, the softmax against uniform draws that are not much like the
-            target, for models that score by cosines. The draws are merged where they repeat, which
-            the published code does not do.
-        full_softmax_limit: largest catalogue for which ``auto`` takes the full softmax.
-        negatives: draws of the sampled softmax and of ``nce``, fresh for each piece.
         precision: of matrix products; ``auto`` is bfloat16 where the machine multiplies it fast.
             Parameters, states, norms and sums are float32 always.
         monitor, patience, validate_every: training stops after ``patience`` validations, one every
             ``validate_every`` epochs, without a new best of the ``monitor`` metric.
-        seed: of dropout, order of histories and negatives.
+        seed: of dropout, order of the data and whatever is drawn.
     """
 
     epochs: PositiveInt = 40
-    batch_events: PositiveInt = 4_096
-    piece_events: PositiveInt = 4_096
     lr: PositiveFloat = 4e-3
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: NonNegativeFloat = 0.01
     decay_recurrence: bool = False
     clip: PositiveFloat = 5.0
-    loss: Literal["auto", "full", "sampled", "nce"] = "auto"
-    full_softmax_limit: NonNegativeInt = 50_000
-    negatives: PositiveInt = 4_096
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     monitor: str = "NDCG@10"
     patience: PositiveInt = 10
     validate_every: PositiveInt = 1
     seed: int = 0
+
+    @property
+    def pieces_per_update(self) -> int:
+        """Batches whose gradients make one update."""
+        return 1
+
+
+class TrainConfig(LoopConfig):
+    """How a model learns to predict the next item; nothing here changes what it is.
+
+    Attributes:
+        batch_events: events of an update (whole histories are packed up to this budget).
+        piece_events: events read at once. The gradients of an update's pieces are added up, so
+            that activations take the memory of one piece. A history longer than a piece goes on
+            in the next one from its carried state; gradients stop at the border.
+        loss: full softmax, sampled softmax, or one of these by the size of the catalogue
+            (``auto``); or ``nce``, the softmax against uniform draws that are not much like the
+            target, for models that score by cosines. The draws are merged where they repeat, which
+            the published code does not do.
+        full_softmax_limit: largest catalogue for which ``auto`` takes the full softmax.
+        negatives: draws of the sampled softmax and of ``nce``, fresh for each piece.
+    """
+
+    batch_events: PositiveInt = 4_096
+    piece_events: PositiveInt = 4_096
+    loss: Literal["auto", "full", "sampled", "nce"] = "auto"
+    full_softmax_limit: NonNegativeInt = 50_000
+    negatives: PositiveInt = 4_096
 
     @property
     def piece_budget(self) -> int:
@@ -143,7 +158,8 @@ def train(
         return _count(model, dataset, config, place)
     # the caller's random numbers go on as if nothing had been drawn
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        return _Run(model, dataset, config, validate, folder, place).run(resume)
+        task = NextItem(model, dataset, config, place)
+        return Run(task, model, config, validate, folder).run(resume)
 
 
 def _count(
@@ -178,7 +194,7 @@ def _last_state(
     # in eval mode: the state that the next piece starts from has no dropout, as none that is served
     # has one, and no random number is drawn for it
     with serving(model):
-        return model.encode(row, carried if batch.carried and last == 0 else None)[1]
+        return model.advance(row, carried if batch.carried and last == 0 else None)
 
 
 def _filled_up(piece: TrainBatch) -> TrainBatch:
@@ -198,27 +214,103 @@ def _filled_up(piece: TrainBatch) -> TrainBatch:
     return replace(piece, events=filled, labels=pad(piece.labels, (0, extra)))
 
 
-class _Run:
+class Task(Protocol[B]):
+    """What a run learns: batches, and the gradient of each."""
+
+    dtype: torch.dtype
+    """Of matrix products."""
+
+    carried: State | None
+    """Of a history that goes on in the next batch."""
+
+    @property
+    def num_labels(self) -> int:
+        """Labels in one epoch."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What tells one training part from another."""
+
+    def num_batches(self, epoch: int) -> int:
+        """Batches of an epoch."""
+
+    def batches(self, epoch: int, start: int) -> Iterator[B]:
+        """The batches of an epoch, in an order drawn anew for each, from one on."""
+
+    def check(self, batch: B) -> None:
+        """Looks at a first batch, before anything is learnt."""
+
+    def accumulate(self, batch: B) -> tuple[float, int]:
+        """Adds the gradient of a batch's summed loss; returns that sum and its labels."""
+
+
+class NextItem:
+    """The task of predicting each next item of a history."""
+
+    def __init__(
+        self, model: UserModel, dataset: Dataset, config: TrainConfig, device: torch.device
+    ) -> None:
+        self.model, self.dataset, self.config, self.device = model, dataset, config, device
+        self.loss = _NextItemLoss(model, dataset, config, device)
+        self.carried: State | None = None
+        self.facts: Mapping[str, Any] = _data_facts(dataset)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.loss.dtype
+
+    @dtype.setter
+    def dtype(self, dtype: torch.dtype) -> None:
+        self.loss.dtype = dtype
+
+    @property
+    def num_labels(self) -> int:
+        return self.dataset.num_labels
+
+    def num_batches(self, epoch: int) -> int:
+        config = self.config
+        return self.dataset.num_batches(config.piece_budget, seed=config.seed, epoch=epoch)
+
+    def batches(self, epoch: int, start: int) -> Iterator[TrainBatch]:
+        config = self.config
+        return self.dataset.batches(config.piece_budget, seed=config.seed, epoch=epoch, start=start)
+
+    def check(self, batch: TrainBatch) -> None:
+        self.loss.check(batch)
+
+    def accumulate(self, batch: TrainBatch) -> tuple[float, int]:
+        number, carried = int(batch.labels.sum()), self.carried
+        with self.loss.compute():
+            self.carried = _last_state(self.model, batch, carried, self.device)
+        if self.loss.dtype != torch.float32 and self.device.type == "cpu":
+            batch = _filled_up(batch)
+        events = batch.events.to(self.device)
+        if number == 0:
+            return 0.0, 0
+        with self.loss.compute():
+            vectors = self.model(events, _first_states(self.model, batch, carried))
+        loss = self.loss(vectors, events.items, batch.labels.to(self.device)) * number
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach()), number
+
+
+class Run(Generic[B]):
     """One run: what must be in a checkpoint, and the loop over it."""
 
     def __init__(
         self,
+        task: Task[B],
         model: UserModel,
-        dataset: Dataset,
-        config: TrainConfig,
+        config: LoopConfig,
         validate: Validate | None,
         folder: Path | None,
-        device: torch.device,
     ) -> None:
-        self.model, self.dataset, self.config = model, dataset, config
-        self.validate, self.folder, self.device = validate, folder, device
+        self.task, self.model, self.config = task, model, config
+        self.validate, self.folder = validate, folder
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config), lr=config.lr, eps=1e-9, fused=True
         )
-        self.loss = _NextItemLoss(model, dataset, config, device)
         self.position = Position()
-        self.data = _data_facts(dataset)
-        self.carried: State | None = None
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
 
@@ -230,7 +322,7 @@ class _Run:
             self._resume()
         with deferred_interrupt() as interrupt:
             if self.position.epoch == 0 and self.position.batch == 0:
-                self.loss.check(next(self._pieces(0, 0)))
+                self.task.check(next(self.task.batches(0, 0)))
             while self.position.epoch < self.config.epochs and not self._stale():
                 self._epoch(interrupt)
                 # pressed while the model was validated
@@ -245,13 +337,13 @@ class _Run:
     def _epoch(self, interrupt: Callable[[], bool]) -> None:
         position, before = self.position, self.position.labels
         epoch, per_update = position.epoch, self.config.pieces_per_update
-        count = self._num_pieces(epoch)
+        count = self.task.num_batches(epoch)
         began, pending = time.perf_counter(), 0
         self.model.train()
-        left = self.dataset.num_labels - before
+        left = self.task.num_labels - before
         with Progress(f"epoch {epoch + 1}", left, "events") as progress:
-            for piece in self._pieces(epoch, position.batch):
-                loss, number = self._accumulate(piece)
+            for piece in self.task.batches(epoch, position.batch):
+                loss, number = self.task.accumulate(piece)
                 position.loss_sum += loss
                 position.labels += number
                 position.batch += 1
@@ -273,25 +365,9 @@ class _Run:
             "seconds": round(seconds, 3),
             "events_per_second": round((position.labels - before) / max(seconds, 1e-9)),
         }
-        position.epoch, position.batch, self.carried = epoch + 1, 0, None
+        position.epoch, position.batch, self.task.carried = epoch + 1, 0, None
         position.loss_sum, position.labels = 0.0, 0
         self._close_epoch(record)
-
-    def _accumulate(self, piece: TrainBatch) -> tuple[float, int]:
-        """Adds the gradient of a piece's summed loss; returns that sum and its labels."""
-        number, carried = int(piece.labels.sum()), self.carried
-        with self.loss.compute():
-            self.carried = _last_state(self.model, piece, carried, self.device)
-        if self.loss.dtype != torch.float32 and self.device.type == "cpu":
-            piece = _filled_up(piece)
-        events = piece.events.to(self.device)
-        if number == 0:
-            return 0.0, 0
-        with self.loss.compute():
-            vectors = self.model(events, _first_states(self.model, piece, carried))
-        loss = self.loss(vectors, events.items, piece.labels.to(self.device)) * number
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach()), number
 
     def _update(self, labels: int, epochs: float) -> None:
         """One step of the optimizer along the mean gradient of ``labels`` labels."""
@@ -314,14 +390,6 @@ class _Run:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _pieces(self, epoch: int, start: int) -> Iterator[TrainBatch]:
-        config = self.config
-        return self.dataset.batches(config.piece_budget, seed=config.seed, epoch=epoch, start=start)
-
-    def _num_pieces(self, epoch: int) -> int:
-        config = self.config
-        return self.dataset.num_batches(config.piece_budget, seed=config.seed, epoch=epoch)
 
     def _close_epoch(self, record: dict[str, Any]) -> None:
         position, config = self.position, self.config
@@ -366,8 +434,8 @@ class _Run:
             best=self.best,
             optimizer=self.optimizer.state_dict(),
             random=torch.get_rng_state(),
-            carried=self.carried,
-            precision=str(self.loss.dtype).removeprefix("torch."),
+            carried=self.task.carried,
+            precision=str(self.task.dtype).removeprefix("torch."),
         ).write(folder)
 
     def _resume(self) -> None:
@@ -380,9 +448,10 @@ class _Run:
         torch.set_rng_state(saved.random)
         self.position, self.history, self.best = saved.position, saved.history, dict(saved.best)
         if saved.carried is not None:
-            self.carried = states.to_device(saved.carried, self.device)
+            place = next(self.model.parameters()).device
+            self.task.carried = states.to_device(saved.carried, place)
         # as the first batch of the run has decided
-        self.loss.dtype = getattr(torch, saved.precision)
+        self.task.dtype = getattr(torch, saved.precision)
         log.info("resumed at epoch %d, batch %d", self.position.epoch + 1, self.position.batch)
 
     def _stop_for_interrupt(self) -> None:
@@ -399,7 +468,7 @@ class _Run:
             "architecture": _as_values(self.model.config),
             "parameters": {k: list(v.shape) for k, v in self.model.state_dict().items()},
             "training": self.config.model_dump(),
-            "data": self.data,
+            "data": dict(self.task.facts),
         }
 
 
@@ -460,7 +529,7 @@ class _NextItemLoss:
         )
 
 
-def parameter_groups(model: UserModel, config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: UserModel, config: LoopConfig) -> list[dict[str, Any]]:
     """Parameters with and without weight decay, for AdamW."""
     decayed: list[Tensor] = []
     free: list[Tensor] = []
@@ -478,7 +547,7 @@ def parameter_groups(model: UserModel, config: TrainConfig) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def rate_share(done: float, config: TrainConfig) -> float:
+def rate_share(done: float, config: LoopConfig) -> float:
     """The share of the learning rate that holds after a share ``done`` of the run."""
     share = min(1.0, (done + 1e-6) / config.warmup) if config.warmup > 0 else 1.0
     if config.schedule == "cosine":

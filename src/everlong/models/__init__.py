@@ -21,6 +21,7 @@ BUILTIN: Mapping[str, str] = MappingProxyType(
         "hstu": "everlong.models.hstu:HSTU",
         "persrec": "everlong.models.persrec:PerSRec",
         "persrec_paper": "everlong.models.persrec_paper:PaperPerSRec",
+        "ifa": "everlong.models.ifa:IFA",
     }
 )
 """Name of each model and where its class is."""

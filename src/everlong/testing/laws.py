@@ -75,9 +75,27 @@ def state_is_enough(case: Case) -> None:
                 f"scores: expected shape {(draw.num_users, draw.num_items)}, "
                 f"received {tuple(scores.shape)}"
             )
-        items = draw.candidates(draw.num_users)
+        candidates_fit(case, final, scores)
+
+
+def candidates_fit(case: Case, state: State, scores: Tensor) -> None:
+    """Raises unless scores of candidates agree with those of the whole catalogue."""
+    model, draw = case.model, case.draw
+    items = draw.candidates(draw.num_users)
+    if not model.set_dependent:
         what = "scores from the whole catalogue and of candidates"
-        case.same(what, scores.gather(1, items), model.score(final, items))
+        case.same(what, scores.gather(1, items), model.score(state, items))
+        return
+    # the catalogue is one set of candidates; in whatever order, each has its score
+    every = torch.arange(draw.num_items, device=draw.device).expand(draw.num_users, -1)
+    case.same("scores of the catalogue and of all items", scores, model.score(state, every))
+    order = torch.randperm(items.shape[1], generator=draw.generator).to(draw.device)
+    shuffled = model.score(state, items[:, order])
+    case.same(
+        "scores of candidates and of the same in another order",
+        model.score(state, items)[:, order],
+        shuffled,
+    )
 
 
 def inputs_untouched(case: Case, events: Batch, state: State) -> None:
@@ -87,6 +105,7 @@ def inputs_untouched(case: Case, events: Batch, state: State) -> None:
     items, at = case.draw.candidates(case.draw.num_users), one.times
     calls: dict[str, tuple[Batch, Callable[[Batch, State], object]]] = {
         "encode": (events, model.encode),
+        "advance": (events, model.advance),
         "forward": (events, model.forward),
         "step": (one, model.step),
         "score": (one, lambda _, given: model.score(given, at=at)),
@@ -254,6 +273,9 @@ def encode_is_step(case: Case) -> None:
             order = torch.cat([step.where for step in steps]).argsort()
             stepped = torch.cat([model.user(step.after) for step in steps])[order]
         last = steps[-1].everyone
+        case.same_state(
+            f"states of encode and advance {start}", final, model.advance(events, state)
+        )
         case.same(f"outputs of encode and step {start}", outputs, stepped)
         case.same_state(f"states of encode and step {start}", final, last)
 
