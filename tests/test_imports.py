@@ -17,8 +17,8 @@ LAYERS = """
     split dataset requests encode
     ops models
     losses checkpoint train
-    ranking_losses
     topk metrics evaluate
+    ranking_losses ranking train_ranker
     users folder card recommender pipeline
     report plots testing bench demo fitting cli
 """

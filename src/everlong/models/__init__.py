@@ -21,10 +21,17 @@ BUILTIN: Mapping[str, str] = MappingProxyType(
         "hstu": "everlong.models.hstu:HSTU",
         "persrec": "everlong.models.persrec:PerSRec",
         "persrec_paper": "everlong.models.persrec_paper:PaperPerSRec",
-        "ifa": "everlong.models.ifa:IFA",
     }
 )
 """Name of each model and where its class is."""
+
+RANKERS: Mapping[str, str] = MappingProxyType(
+    {
+        "ifa": "everlong.models.ifa:IFA",
+        "target_attention": "everlong.models.target_attention:TargetAttention",
+    }
+)
+"""Models that order the candidates of requests; they learn from requests, not from next items."""
 
 
 def load_model_class(name: str) -> type[UserModel]:
@@ -33,6 +40,11 @@ def load_model_class(name: str) -> type[UserModel]:
     Raises:
         ValueError: if there is no such model, naming the nearest.
     """
+    if name in RANKERS:
+        raise ValueError(
+            f"{name!r} ranks candidates of requests and learns from these: expected one of "
+            f"{', '.join(BUILTIN)}, received a ranker; train it with everlong.train_ranker"
+        )
     if name not in BUILTIN:
         near = difflib.get_close_matches(name.lower(), BUILTIN, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""

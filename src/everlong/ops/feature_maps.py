@@ -27,6 +27,13 @@ LARGEST = 8.0
 """Exponents are bounded here, so that sums over a million events stay far from overflow."""
 
 
+def feature_width(name: MapName, depth: int) -> int:
+    """Features of a head whose keys have ``depth`` numbers."""
+    return {"elu": depth, "exp": 2 * depth, "taylor": 1 + depth + depth**2, "random": 4 * depth}[
+        name
+    ]
+
+
 class FeatureMap(nn.Module):
     """A feature map for heads of a width.
 
@@ -52,14 +59,6 @@ class FeatureMap(nn.Module):
         directions = torch.cat(blocks) if blocks else torch.empty(0, depth)
         self.register_buffer("projection", lengths * directions)
 
-    @property
-    def width(self) -> int:
-        """Features of a head."""
-        depth = self.depth
-        return {"elu": depth, "exp": 2 * depth, "taylor": 1 + depth + depth**2}.get(
-            self.name, self.projection.shape[0]
-        )
-
     def forward(self, values: Tensor) -> Tensor:
         """Features ``[.., F]`` of keys or queries ``[.., d]``."""
         if self.name == "elu":
@@ -73,4 +72,5 @@ class FeatureMap(nn.Module):
             pairs = (scaled.unsqueeze(-1) * scaled.unsqueeze(-2)).flatten(-2) / math.sqrt(2)
             return torch.cat([torch.ones_like(scaled[..., :1]), scaled, pairs], dim=-1)
         exponent = scaled @ self.projection.T - scaled.square().sum(-1, keepdim=True) / 2
-        return exponent.clamp(max=LARGEST).exp() / math.sqrt(self.projection.shape[0])
+        features: Tensor = exponent.clamp(max=LARGEST).exp()
+        return features / math.sqrt(self.projection.shape[0])

@@ -86,12 +86,14 @@ class CpuLinearAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        inputs, given = _inputs(*tensors, ctx.facts), Given(*(_array(x) for x in grads))
+        features, values, queries, weighted, mass = tensors
+        inputs = _inputs(features, values, queries, weighted, mass, ctx.facts)
+        given = Given(_array(grads[0]), _array(grads[1]))
         found = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors]
-        features, values, queries, weighted, mass = (x.numpy() for x in found)
+        d_features, d_values, d_queries, d_weighted, d_mass = (x.numpy() for x in found)
         ask, walk_back = (_ask, _back) if _is_much(inputs) else (_ask_alone, _back_alone)
-        ask(inputs, given, queries)
-        walk_back(inputs, given, Found(features, values, weighted, mass))
+        ask(inputs, given, d_queries)
+        walk_back(inputs, given, Found(d_features, d_values, d_weighted, d_mass))
         return (*found, None)
 
 

@@ -70,19 +70,14 @@ def remove(held: Newest, count: Tensor, gone: Newest) -> Newest:
             "among them; check item, time and fields"
         )
     first = same & (same.cumsum(1) == 1) & asked[:, None]
-    nothing = Newest(*(value[:, :0] for value in held[:3]), torch.zeros_like(held.filled))
+    none = torch.zeros_like(held.filled)
+    nothing = Newest(held.items[:, :0], held.times[:, :0], held.codes[:, :0], none)
     return _newest(held, nothing, nothing.present, held.present & ~first)
 
 
 def last_of(items: Tensor, times: Tensor, codes: Tensor, offsets: Tensor, size: int) -> Newest:
     """The newest ``size`` of packed events ``[N]`` of each user, in whatever order they come."""
-    lengths = offsets.diff()
-    user = torch.arange(lengths.numel(), device=items.device).repeat_interleave(
-        lengths, output_size=items.numel()
-    )
-    order = torch.arange(items.numel(), device=items.device)
-    for key in (*codes.unbind(1), items, times, user):
-        order = order[key[order].argsort(stable=True)]
+    lengths, order = offsets.diff(), sorted_order(items, times, codes, offsets)
     filled = lengths.clamp(max=size)
     place = offsets[1:, None] - size + torch.arange(size, device=items.device)
     there = place >= offsets[1:, None] - filled[:, None]
@@ -97,6 +92,21 @@ def last_of(items: Tensor, times: Tensor, codes: Tensor, offsets: Tensor, size: 
         codes[index].masked_fill(~there[..., None], 0),
         filled,
     )
+
+
+def sorted_order(items: Tensor, times: Tensor, codes: Tensor, offsets: Tensor) -> Tensor:
+    """``[N]`` which event stands at each place when the events of each user are sorted."""
+    lengths = offsets.diff()
+    user = torch.arange(lengths.numel(), device=items.device).repeat_interleave(
+        lengths, output_size=items.numel()
+    )
+    order = torch.arange(items.numel(), device=items.device)
+    inside = user[1:] == user[:-1]
+    if not bool((inside & (times[1:] <= times[:-1])).any()):
+        return order  # sorted already, and without ties
+    for key in (*codes.unbind(1), items, times, user):
+        order = order[key[order].argsort(stable=True)]
+    return order
 
 
 def _oldest(held: Newest, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ class Sets(NamedTuple):
         sizes = offsets.diff()
         rows = torch.arange(sizes.numel(), device=offsets.device)
         groups = []
-        for size in torch.unique(sizes).tolist():  # type: ignore[no-untyped-call]
+        for size in torch.unique(sizes).tolist():
             if size > 0:
                 sets = (sizes == size).nonzero().flatten()
                 inside = torch.arange(size, device=offsets.device)
