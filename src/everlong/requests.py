@@ -261,12 +261,12 @@ def split_requests(
 
     Args:
         requests: all.
-        validation_share, test_share: of the candidates, at least about so many.
+        validation_share, test_share: of the labelled candidates, at least about so many.
 
     Raises:
         ValueError: if a part would be empty.
     """
-    times = np.repeat(requests.time, np.diff(requests.offsets))
+    times = requests.time[requests.request_rows][~np.isnan(requests.labels)]
     ordered, total = np.sort(times), len(times)
     test_from, validation_from = (
         ordered[-max(1, round(total * share))] if total else 0
