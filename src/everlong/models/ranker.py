@@ -107,9 +107,15 @@ class Ranker(UserModel):
         self.item_bias = nn.Embedding(config.num_items, 1)
 
     def _initialise(self) -> None:
-        for name, parameter in self.named_parameters():
-            if "norm" not in name and parameter.dim() > 1:
-                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+            elif isinstance(module, nn.Linear):
+                # products of keys and queries must differ from the first update on: with the small
+                # weights of the other models a match of item and item took four times as long
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.zeros_(self.item_bias.weight)
 
     @property
