@@ -333,9 +333,9 @@ class RequestDataset:
         self.rows = self.rows[order]
         self.requests = requests.select(self.rows)
         self.users, self._first = np.unique(self.requests.user, return_index=True)
-        ends = np.append(self._first[1:], self.requests.num_requests)
+        ends = np.append(self._first[1:], self.requests.num_requests)[: len(self.users)]
         self._last = ends
-        seen = self.requests.stop[ends - 1] - events.offsets[self.users] if len(ends) else ends
+        seen = self.requests.stop[ends - 1] - events.offsets[self.users]
         candidates = self.requests.offsets[ends] - self.requests.offsets[self._first]
         self._sizes = seen + candidates
 

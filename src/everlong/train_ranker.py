@@ -186,7 +186,7 @@ def add_candidates(
     order = pair.argsort(stable=True)
     new = torch.ones_like(order, dtype=torch.bool)
     new[1:] = pair[order][1:] != pair[order][:-1]
-    kept = order[new]
+    kept = order[new].sort().values
     kept = kept[owner[kept].argsort(stable=True)]
     return _candidates(batch, owner[kept], items[kept], labels[kept])
 
