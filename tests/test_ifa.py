@@ -243,7 +243,7 @@ def test_candidates_see_each_other_unless_told_not_to() -> None:
         order = torch.tensor([2, 0, 1])
         assert torch.allclose(whole[:, order], model.score(state, items[:, order], at))
     # one candidate: attention among candidates adds what it makes of the candidate alone
-    layer = together.layers[0].among
+    layer = together.layers[1].among
     value = torch.randn(1, 8, dtype=torch.float64)
     part = layer.enter(layer.norm(value))[:, 16:]
     sets_of_one = together.score(together.advance(events), items[:, :1], at)

@@ -131,7 +131,11 @@ class IFA(Ranker):
             EventMemory(config, first=n == 0) for n in range(config.layers)
         )
         self.recent = RecentReader(config) if config.window else None
-        self.layers = nn.ModuleList(CandidateLayer(config) for _ in range(config.layers))
+        # candidates see each other once, after all that they read: in every layer it took twice as
+        # long as all the rest together
+        self.layers = nn.ModuleList(
+            CandidateLayer(config, last=n == config.layers - 1) for n in range(config.layers)
+        )
         half_lives = torch.tensor(config.half_lives, dtype=torch.float64)
         rates = torch.where(half_lives > 0, math.log(2) / half_lives.clamp(min=1e-9), 0.0)
         self.rates: Tensor
@@ -335,6 +339,8 @@ class IFA(Ranker):
     ) -> Tensor:
         """Logits ``[P]`` of candidates ``items [P]`` of Q requests."""
         sets = Sets.of(offsets)
+        if not sets.groups:
+            return self.item_bias.weight.new_zeros(0)
         entered = values = self._enter(items, context, sets)
         if self.recent is not None and recent is not None:
             values = values + self.recent(values, recent, sets)
@@ -398,7 +404,7 @@ class EventMemory(nn.Module):
 class CandidateLayer(nn.Module):
     """Linear attention to the history, softmax attention among candidates, feed-forward network."""
 
-    def __init__(self, config: IFAConfig) -> None:
+    def __init__(self, config: IFAConfig, *, last: bool) -> None:
         super().__init__()
         self.heads, depth = config.heads, config.dim // config.heads
         self.norm = nn.LayerNorm(config.dim)
@@ -409,7 +415,7 @@ class CandidateLayer(nn.Module):
         self.null_key = nn.Parameter(torch.zeros(config.heads, depth))
         self.null_value = nn.Parameter(torch.zeros(config.heads, depth))
         self.leave = nn.Linear(config.dim + config.heads, config.dim)
-        self.among = SetAttention(config) if config.candidate_attention else None
+        self.among = SetAttention(config) if config.candidate_attention and last else None
         self.inner = FeedForward(config)
         self.dropout = Dropout(config.dropout)
 

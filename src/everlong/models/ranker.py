@@ -390,14 +390,12 @@ class SetAttention(nn.Module):
     def forward(self, values: Tensor, sets: Sets) -> Tensor:
         """What is to be added to ``values [P, D]``; in their sets."""
         qkv = self.enter(self.norm(values)).unflatten(1, (3, self.heads, -1))
-        mixed = torch.zeros_like(values)
-        for _, index in sets.groups:
-            query, key, value = qkv[index].permute(2, 0, 3, 1, 4)  # [q, H, c, E] each
+        mixed = []
+        for group in sets.split(qkv):
+            query, key, value = group.permute(2, 0, 3, 1, 4)  # [q, H, c, E] each
             found = functional.scaled_dot_product_attention(query, key, value)
-            mixed = mixed.index_copy(
-                0, index.flatten(), found.transpose(1, 2).flatten(2).flatten(0, 1)
-            )
-        added: Tensor = self.dropout(self.leave(mixed))
+            mixed.append(found.transpose(1, 2).flatten(2))
+        added: Tensor = self.dropout(self.leave(sets.join(mixed)))
         return added
 
 
@@ -426,15 +424,15 @@ class RecentReader(nn.Module):
         empty = recent.present.sum(1) == 0
         hidden = hidden.masked_fill(empty[:, None], 0.0)
         bias = (bias + hidden[:, None])[:, :, None]  # [Q, H, 1, W]
-        mixed = torch.zeros_like(values)
-        for request, index in sets.groups:
+        mixed = []
+        for (request, _), asked in zip(sets.groups, sets.split(query), strict=True):
             found = functional.scaled_dot_product_attention(
-                query[index].transpose(1, 2), key[request], value[request],
-                attn_mask=bias[request].to(query.dtype),
-            )  # fmt: skip
-            found = found.masked_fill(empty[request].view(-1, 1, 1, 1), 0.0)
-            mixed = mixed.index_copy(
-                0, index.flatten(), found.transpose(1, 2).flatten(2).flatten(0, 1)
+                asked.transpose(1, 2),
+                key[request],
+                value[request],
+                attn_mask=bias[request].to(asked.dtype),
             )
-        added: Tensor = self.dropout(self.leave(mixed))
+            found = found.masked_fill(empty[request].view(-1, 1, 1, 1), 0.0)
+            mixed.append(found.transpose(1, 2).flatten(2))
+        added: Tensor = self.dropout(self.leave(sets.join(mixed)))
         return added

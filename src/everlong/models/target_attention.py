@@ -146,6 +146,8 @@ class TargetAttention(Ranker):
 
     def _rank(self, items: Tensor, offsets: Tensor, context: Tensor, recent: Recent) -> Tensor:
         sets = Sets.of(offsets)
+        if not sets.groups:
+            return self.item_bias.weight.new_zeros(0)
         entered = self._enter(items, context, sets)
         if isinstance(self.reader, SearchReader):
             values = entered + self.reader(
@@ -205,17 +207,17 @@ class DINReader(nn.Module):
     def forward(self, values: Tensor, recent: Recent, sets: Sets) -> Tensor:
         """What is to be added to candidates ``[P, D]``."""
         asked, events = self.of_candidate(values), self.of_event(recent.events)
-        mixed = torch.zeros_like(values)
-        for request, index in sets.groups:
-            key, query = recent.events[request], values[index]
+        mixed = []
+        groups = zip(sets.groups, sets.split(values), sets.split(asked), strict=True)
+        for (request, _), query, first in groups:
+            key = recent.events[request]
             # [q, c, D, hidden] is small beside pairs of candidates and events
             product = torch.einsum("qcd,hd->qcdh", query, self.of_product.weight)
             pairs = torch.einsum("qwd,qcdh->qcwh", key, product)
-            pairs = pairs + asked[index][:, :, None] + events[request][:, None]
+            pairs = pairs + first[:, :, None] + events[request][:, None]
             weight = self.weigh(functional.silu(pairs))[..., 0] * recent.present[request][:, None]
-            found = torch.einsum("qcw,qwd->qcd", weight, key)
-            mixed = mixed.index_copy(0, index.flatten(), found.flatten(0, 1))
-        added: Tensor = self.leave(mixed)
+            mixed.append(torch.einsum("qcw,qwd->qcd", weight, key))
+        added: Tensor = self.leave(sets.join(mixed))
         return added
 
 
@@ -237,9 +239,10 @@ class SearchReader(nn.Module):
         """What is to be added to candidates ``[P, D]``; ``allowed [q, c, W]`` in each group."""
         near = Recent(*(value[:, -self.newest :] for value in recent))
         query, (key, value) = self.query(values), self.enter(recent.events).chunk(2, dim=-1)
-        mixed, size = torch.zeros_like(values), min(self.found, recent.present.shape[1])
-        for number, (request, index) in enumerate(sets.groups):
-            scores = query[index] @ key[request].transpose(1, 2)  # [q, c, W]
+        mixed, size = [], min(self.found, recent.present.shape[1])
+        for number, part in enumerate(sets.split(query)):
+            request = sets.groups[number][0]
+            scores = part @ key[request].transpose(1, 2)  # [q, c, W]
             usable = recent.present[request][:, None].bool().expand_as(scores)
             order = scores
             if allowed is not None:
@@ -250,12 +253,11 @@ class SearchReader(nn.Module):
             chosen = order.detach().masked_fill(~usable, -torch.inf).topk(size, dim=2).indices
             there = usable.gather(2, chosen)
             row, head = request[:, None, None], (self.heads, -1)
-            picked = (key[row, chosen].unflatten(-1, head), value[row, chosen].unflatten(-1, head))
-            asked = query[index].unflatten(-1, head)
+            picked = [values[row, chosen].unflatten(-1, head) for values in (key, value)]
+            asked = part.unflatten(-1, head)  # type: ignore[no-untyped-call]
             weights = torch.einsum("qche,qckhe->qchk", asked, picked[0]) / asked.shape[-1] ** 0.5
             weights = weights.masked_fill(~there[:, :, None], -1e9).softmax(-1)
             weights = weights * there[:, :, None]
-            found = torch.einsum("qchk,qckhe->qche", weights, picked[1]).flatten(2)
-            mixed = mixed.index_copy(0, index.flatten(), found.flatten(0, 1))
-        added: Tensor = self.dropout(self.leave(mixed)) + self.nearby(values, near, sets)
+            mixed.append(torch.einsum("qchk,qckhe->qche", weights, picked[1]).flatten(2))
+        added: Tensor = self.dropout(self.leave(sets.join(mixed))) + self.nearby(values, near, sets)
         return added

@@ -26,3 +26,18 @@ class Sets(NamedTuple):
                 inside = torch.arange(size, device=offsets.device)
                 groups.append((sets, offsets[sets][:, None] + inside))
         return Sets(rows.repeat_interleave(sizes), groups)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Values ``[P, ..]`` of the members of each group, ``[q, c, ..]``."""
+        if len(self.groups) == 1:  # all sets have one size: they are in order already
+            index = self.groups[0][1]
+            return [values.reshape(*index.shape, *values.shape[1:])]
+        return [values[index] for _, index in self.groups]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """Values ``[P, ..]`` from those of each group; there must be one."""
+        if len(parts) == 1:
+            return parts[0].flatten(0, 1)
+        index = torch.cat([index.flatten() for _, index in self.groups])
+        values = torch.cat([part.flatten(0, 1) for part in parts])
+        return values.new_empty(values.shape).index_copy(0, index, values)
