@@ -6,7 +6,7 @@ A history has one of 16 keys at a random place among L fillers; five candidates 
 partner of a key, and the one whose key is in the history is to be ranked first (chance 0.2). Every
 reader is trained anew for every L, with the same number of updates. Linear attention knows the
 history through sums alone, so that its feature map decides how sharply it can look; with recent
-events beside it, the last 32 are read by softmax, and the key stands among them in a share of 32 / L.
+events beside it, the last 32 are read by softmax, too; the key is one of them in 32 of L cases.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from everlong.sources import SyntheticLog, demo_log, long_dependency, markov_chain
-from everlong.sources.synthetic import best_scores, markov_transitions
+from everlong.sources.synthetic import best_scores, exposures, markov_transitions
 
 
 def histories(log: SyntheticLog, column: str = "item_id") -> list[list[int]]:
@@ -155,3 +155,22 @@ def test_errors_say_what_was_expected() -> None:
         demo_log(num_items=100)
     with pytest.raises(ValueError, match="answer_share between 0 and 1"):
         demo_log(answer_share=2)
+
+
+def test_exposures_are_best_ordered_by_what_users_like() -> None:
+    log = exposures(num_users=2_000, seed=1)
+    frame = log.frame
+    assert frame.height == 2_000 * 12 * 5
+    assert frame["timestamp"].is_sorted()
+    # groups that a user gave more ones than zeros in all of the log
+    group = frame.with_columns(group=pl.col("item_id") % 10)
+    rate = group.with_columns(rate=pl.col("label").mean().over("user_id", "group") > 0.5)
+    labels, scores = rate["label"].to_numpy(), rate["rate"].to_numpy().astype(float)
+    better, worse = scores[labels == 1].mean(), scores[labels == 0].mean()
+    found = better * (1 - worse) + 0.5 * (better * worse + (1 - better) * (1 - worse))
+    # the rate knows the label itself, too, so that it may be a little above the oracle
+    assert found == pytest.approx(log.best["AUC"], abs=0.03)
+    again = exposures(num_users=2_000, seed=1).frame
+    assert again.equals(frame)
+    with pytest.raises(ValueError, match="num_groups"):
+        exposures(num_groups=3)

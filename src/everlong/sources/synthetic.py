@@ -240,6 +240,70 @@ HABIT = 0.7  # share of the everyday choices that depend on the one before
 HABIT_CHANCES = (0.5, 0.25, 0.15, 0.1)
 
 
+def exposures(
+    num_users: int = 500,
+    *,
+    num_items: int = 200,
+    num_groups: int = 10,
+    sessions: int = 12,
+    shown: int = 5,
+    seed: int = 0,
+) -> SyntheticLog:
+    """Items shown in sessions, with what became of each: for rankers.
+
+    Every item is of one group, and every user likes three groups. What is shown is drawn at random;
+    the outcome is 1 with chance 0.85 for a liked group and 0.15 for another, so that past outcomes
+    tell which groups a user likes, and nothing else tells anything.
+
+    Args:
+        num_users, num_items, num_groups: how many; item ``i`` is of group ``i % num_groups``.
+        sessions: of each user, a day or so apart.
+        shown: items of a session.
+        seed: of everything.
+
+    Returns:
+        A log with the columns ``label`` (float) and ``outcome`` (the same as a code). ``best`` holds
+        the ``AUC`` of an oracle that knows the groups that each user likes.
+
+    Raises:
+        ValueError: if a number is below 1, or there are fewer than four groups.
+    """
+    for name, value in (("num_users", num_users), ("sessions", sessions), ("shown", shown)):
+        _check_least(name, value, 1)
+    _check_least("num_groups", num_groups, 4)
+    _check_least("num_items", num_items, num_groups)
+    random = np.random.default_rng(seed)
+    likes = random.random((num_users, num_groups)).argsort(axis=1)[:, :3]
+    shape = (num_users, sessions, shown)
+    items = random.integers(num_items, size=shape)
+    liked = (items[..., None] % num_groups == likes[:, None, None, :]).any(-1)
+    outcome = random.random(shape) < np.where(liked, 0.85, 0.15)
+    start = DAY_S * np.arange(sessions)[None, :] + random.integers(DAY_S // 2, size=shape[:2])
+    times = FIRST_DAY + start[..., None] + np.sort(random.integers(900, size=shape), axis=-1)
+    frame = pl.DataFrame(
+        {
+            "user_id": np.repeat(np.arange(num_users), sessions * shown),
+            "item_id": items.flatten(),
+            "timestamp": times.flatten(),
+            "label": outcome.flatten().astype(np.float32),
+            "outcome": outcome.flatten().astype(np.int64),
+        }
+    ).sort("timestamp", "user_id", maintain_order=True)
+    # of a pair of a 1 and a 0: both of one kind is a tie
+    share = liked.mean()
+    ones, zeros = share * 0.85, share * 0.15
+    one, zero = ones / (ones + (1 - share) * 0.15), zeros / (zeros + (1 - share) * 0.85)
+    best = one * (1 - zero) + 0.5 * (one * zero + (1 - one) * (1 - zero))
+    return SyntheticLog(
+        frame=frame,
+        best={"AUC": float(best)},
+        description=(
+            f"{num_users} users, each shown {shown} items in each of {sessions} sessions; they "
+            f"like three of {num_groups} groups, which only past outcomes tell"
+        ),
+    )
+
+
 class _Readers:
     """The users of the demo log while it is written: what each will do next, exactly.
 
