@@ -133,3 +133,52 @@ def test_nothing_labelled_is_an_error() -> None:
     ranked = random_ranked(0)
     with pytest.raises(ValueError, match="candidates with labels, received none"):
         evaluate_ranking(replace(ranked, labels=np.full_like(ranked.labels, np.nan)))
+
+
+def one_request(logits: list[float], labels: list[float]) -> Ranked:
+    return Ranked(
+        logits=np.array(logits),
+        labels=np.array(labels),
+        request=np.zeros(len(logits), dtype=np.int64),
+        user=np.zeros(1, dtype=np.int64),
+        history_lengths=np.zeros(1, dtype=np.int64),
+    )
+
+
+def test_scores_that_are_no_numbers_are_an_error_and_large_ones_are_none() -> None:
+    with pytest.raises(ValueError, match="expected finite scores, received 1 of 2"):
+        evaluate_ranking(one_request([np.nan, 0.0], [1.0, 0.0]))
+    found = evaluate_ranking(one_request([-800.0, 800.0], [0.0, 1.0])).metrics
+    assert found["LogLoss"].mean == found["ECE"].mean == 0
+
+
+def test_labels_below_a_half_are_negative() -> None:
+    found = evaluate_ranking(one_request([1.0, 0.0], [0.3, 0.7])).metrics
+    assert found["AUC"].mean == 0
+    assert found["MRR"].mean == 0.5
+
+
+def test_calibration_error_is_of_ten_bins_and_not_of_the_order_of_rows() -> None:
+    assert calibration_error(np.full(100, 0.5), np.repeat([0.0, 1.0], 50)) == 0
+    # wrong by a quarter within halves, in both directions: two bins would not see it
+    chance = np.linspace(0.01, 0.99, 20)
+    labels = np.tile([0.25, 0.25, -0.25, -0.25], 5) + chance
+    np.testing.assert_allclose(calibration_error(chance, labels), 0.25)
+
+
+def test_intervals_are_as_wide_as_theory_says() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 400).astype(float)
+    ranked = Ranked(
+        logits=generator.normal(size=400),
+        labels=labels,
+        request=np.arange(400),
+        user=np.arange(400),
+        history_lengths=np.arange(400),
+    )
+    found = evaluate_ranking(ranked).metrics["LogLoss"]
+    losses = np.logaddexp(0, ranked.logits) - labels * ranked.logits
+    assert found.high - found.low == pytest.approx(2 * 1.96 * losses.std() / 20, rel=0.15)
+    table = by_history_length(ranked)
+    sizes = table.filter(table["metric"] == "AUC")["candidates"].to_list()
+    assert sizes == [1, 4, 15, 30, 150, 200]

@@ -138,12 +138,18 @@ def evaluate_ranking(ranked: Ranked, *, k: int = 10) -> RankingEvaluation:
         k: places of the NDCG.
 
     Raises:
-        ValueError: if no candidate has a label.
+        ValueError: if no candidate has a label, or a score of a labelled one is not finite.
     """
     known = ~np.isnan(ranked.labels)
     if not known.any():
         raise ValueError("expected candidates with labels, received none; check the label column")
     logits, labels = ranked.logits[known].astype(np.float64), ranked.labels[known].astype(float)
+    if not np.isfinite(logits).all():
+        # sorted, NaN would stand above all scores and count as an order
+        raise ValueError(
+            f"expected finite scores, received {int((~np.isfinite(logits)).sum())} of "
+            f"{len(logits)} that are not; the model has diverged"
+        )
     request = ranked.request[known]
     owners, user = np.unique(ranked.user[request], return_inverse=True)
     shown, request = np.unique(request, return_inverse=True)
@@ -157,7 +163,7 @@ def evaluate_ranking(ranked: Ranked, *, k: int = 10) -> RankingEvaluation:
     by_request = grouped_auc(logits, positive, request, len(shown))
     mixed = ~np.isnan(by_request)
     ndcg, mrr = _lists(logits, labels, request, len(shown), k)
-    chance = 1 / (1 + np.exp(-logits))
+    chance = np.exp(-np.logaddexp(0, -logits))
     losses = np.logaddexp(0, logits) - labels * logits
     of_user = _sums(user, ones, len(owners)) * ~np.isnan(by_user)
     of_request = sizes * mixed.astype(np.float64)
@@ -204,6 +210,9 @@ def by_history_length(ranked: Ranked) -> pl.DataFrame:
 
 def calibration_error(chance: Floats, labels: Floats) -> float:
     """Mean absolute difference of mean chance and mean label in bins of equal size."""
+    # equal chances share their mean label: which of them falls into which bin must not matter
+    values, place, counts = np.unique(chance, return_inverse=True, return_counts=True)
+    labels = (np.bincount(place, weights=labels) / counts)[place]
     order = np.argsort(chance, kind="stable")
     total = 0.0
     for part in np.array_split(order, min(BINS, len(order))):

@@ -31,8 +31,10 @@ class RequestFacts(NamedTuple):
     """What was left out when requests were made."""
 
     unknown_items: int = 0  # candidates whose item is not in the catalogue
-    unknown_users: int = 0  # candidates whose user is not in the log
+    unknown_users: int = 0  # candidates whose user is not in the log: they have no history
     duplicates: int = 0  # candidates that were in their request already
+    empty_requests: int = 0  # requests none of whose candidates is known
+    incomplete_rows: int = 0  # candidates without an id or a finite time
 
 
 NOTHING_LEFT_OUT = RequestFacts()
@@ -112,8 +114,14 @@ def requests_from_events(
         gap_s: that pause, seconds.
 
     Raises:
-        ValueError: if a field is missing or a label is not from 0 to 1.
+        ValueError: if a field is missing, a label is not from 0 to 1, or requests are to be found
+            by pauses in a log without times.
     """
+    if request is None and events.facts.time_unit == "position":
+        raise ValueError(
+            "expected a log with times, as pauses are what divides it into requests, received "
+            "positions; read the log with its timestamps, or name the field request="
+        )
     labels = _field(events, label).astype(np.float32)
     owner = np.repeat(np.arange(events.num_users), events.lengths)
     if request is None:
@@ -154,25 +162,36 @@ def read_requests(
     """
     columns = (request_id, user_id, item_id, timestamp, label)
     frame = read_table(source, dict.fromkeys(columns, 'name the column, e.g. "{name}"'))
+    rows_read = frame.height
+    frame = frame.with_columns(parse_times(frame[timestamp]))
     frame = frame.drop_nulls([request_id, user_id, item_id, timestamp])
-    clock = read_clock(parse_times(frame[timestamp]), time_unit)  # type: ignore[arg-type]
+    if frame[timestamp].dtype.is_float():
+        frame = frame.filter(pl.col(timestamp).is_finite())
+    if frame.height == 0:
+        raise ValueError(
+            f"expected candidates, received {rows_read} rows without any that has ids and a time"
+        )
+    clock = read_clock(frame[timestamp], time_unit)  # type: ignore[arg-type]
+    if (clock.unit == "position") != (events.facts.time_unit == "position"):
+        raise ValueError(
+            f"expected the clock of the log ({events.facts.time_unit}), received {clock.unit}: "
+            "no request could be placed in its user's history; pass time_unit="
+        )
     found = pl.DataFrame(
         {
             "request": frame[request_id],
+            "user_id": frame[user_id],
             "user": events.user_ids.rows(frame[user_id]),
             "item": events.item_ids.rows(frame[item_id]),
             "time": clock.times,
-            "label": frame[label].cast(pl.Float32),
+            "label": _numbers(frame[label]),
         }
     )
-    users = found.group_by("request").agg(pl.col("user").n_unique())
-    if (users["user"] > 1).any():
-        name = users.filter(pl.col("user") > 1)["request"][0]
+    users = found.group_by("request").agg(pl.col("user_id").n_unique())
+    if (users["user_id"] > 1).any():
+        name = users.filter(pl.col("user_id") > 1)["request"][0]
         raise ValueError(f"request {name!r}: expected one user, received several")
     no_user, no_item = found["user"] < 0, found["item"] < 0
-    facts = RequestFacts(
-        unknown_items=int((no_item & ~no_user).sum()), unknown_users=int(no_user.sum())
-    )
     found = found.with_columns(pl.col("time").min().over("request"))
     found = found.filter(~no_user & ~no_item).sort("user", "time", "request", maintain_order=True)
     group = found["request"].rle_id().to_numpy().astype(np.int64)
@@ -180,10 +199,24 @@ def read_requests(
     user, time = (found[name].to_numpy().astype(np.int64)[first] for name in ("user", "time"))
     labels = found["label"].fill_null(float("nan")).to_numpy().astype(np.float32)
     made = _requests(events, user, time, group, found["item"].to_numpy(), labels)
-    return replace(
-        made,
-        facts=made.facts._replace(**facts._replace(duplicates=made.facts.duplicates)._asdict()),
+    facts = made.facts._replace(
+        unknown_items=int((no_item & ~no_user).sum()),
+        unknown_users=int(no_user.sum()),
+        empty_requests=users.height - made.num_requests,
+        incomplete_rows=rows_read - frame.height,
     )
+    return replace(made, facts=facts)
+
+
+def _numbers(column: pl.Series) -> pl.Series:
+    numbers = column.cast(pl.Float32, strict=False)
+    if numbers.null_count() > column.null_count():
+        wrong = column.filter(numbers.is_null() & column.is_not_null())
+        raise ValueError(
+            f"column {column.name!r}: expected labels from 0 to 1, received {wrong[0]!r}; "
+            "code outcomes as numbers first"
+        )
+    return numbers
 
 
 def _field(events: Events, name: str) -> NDArray[np.generic]:
@@ -264,8 +297,13 @@ def split_requests(
         validation_share, test_share: of the labelled candidates, at least about so many.
 
     Raises:
-        ValueError: if a part would be empty.
+        ValueError: if a part would be empty, or the shares leave nothing to train on.
     """
+    if min(validation_share, test_share) <= 0 or validation_share + test_share >= 1:
+        raise ValueError(
+            "expected two shares above 0 with a sum below 1, received "
+            f"{validation_share} and {test_share}; 0.1 and 0.1 are usual"
+        )
     times = requests.time[requests.request_rows][~np.isnan(requests.labels)]
     ordered, total = np.sort(times), len(times)
     test_from, validation_from = (
@@ -363,10 +401,16 @@ class RequestDataset:
             start: batches to skip, without building them.
 
         Raises:
-            ValueError: if ``budget`` is below 1.
+            ValueError: if ``budget`` is below 1, or ``start`` is not one of 0 .. num_batches.
         """
         order = self._order(seed, epoch)
-        return self._batches(order, self._plan(budget, order), start)
+        plan = self._plan(budget, order)
+        if not 0 <= start < len(plan):
+            raise ValueError(
+                f"expected start between 0 and {len(plan) - 1}, the batches of this epoch, "
+                f"received {start}; resume with the budget that the run began with"
+            )
+        return self._batches(order, plan, start)
 
     def in_order(self, budget: int) -> Iterator[RequestBatch]:
         """All batches, users in their own order."""
