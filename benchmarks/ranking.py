@@ -34,7 +34,7 @@ import typer
 from everlong.events import Events, read_events
 from everlong.items import ItemTable, read_items
 from everlong.models.ifa import IFA, IFAConfig
-from everlong.models.ranker import Ranker, item_features
+from everlong.models.ranker import Ranker
 from everlong.models.target_attention import TargetAttention, TargetAttentionConfig
 from everlong.provenance import hardware, versions
 from everlong.ranking import Ranked, by_history_length, evaluate_ranking
@@ -46,7 +46,13 @@ from everlong.requests import (
     split_requests,
 )
 from everlong.state import bytes_per_user
-from everlong.train_ranker import RankerTrainConfig, score_requests, train_ranker
+from everlong.train_ranker import (
+    RankerTrainConfig,
+    fill_items,
+    item_features,
+    score_requests,
+    train_ranker,
+)
 from quality import DATA_DIR
 from record import RESULTS
 from tables import insert, spread
@@ -182,7 +188,7 @@ def build(name: str, shape: Mapping[str, Any], data: Data, seed: int) -> Ranker:
             model = IFA(IFAConfig(**common))
         else:
             model = TargetAttention(TargetAttentionConfig(**common))
-    model.items.fill(data.items)
+    fill_items(model, data.items)
     return model
 
 

@@ -29,12 +29,11 @@ import numba
 import torch
 from torch.nn.functional import elu, scaled_dot_product_attention
 
-from everlong.batch import Batch
+from everlong.batch import Batch, RequestBatch
 from everlong.encode import serving
 from everlong.models.ifa import IFA, IFAConfig
 from everlong.ops.linear_attention import Asked, History, Sums, linear_attention
 from everlong.ranking_losses import Shares, ranking_loss
-from everlong.requests import RequestBatch
 from everlong.state import bytes_per_user
 from record import write_result
 

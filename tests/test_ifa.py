@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from everlong import state as states
-from everlong.batch import Batch
+from everlong.batch import Batch, RequestBatch
 from everlong.ids import IdMap
 from everlong.items import read_items
 from everlong.models.ifa import IFA, IFAConfig, IFAState
-from everlong.models.ranker import item_features
 from everlong.ops.sets import Sets
 from everlong.ranking_losses import Shares, ranking_loss
-from everlong.requests import RequestBatch
 from everlong.testing import check_model
+from everlong.train_ranker import fill_items, item_features
 
 FIELDS = {"label": 2}
 DAY_S = 86_400.0
@@ -302,7 +301,7 @@ def test_item_features_are_read() -> None:
     )
     categories, vectors = item_features(items)
     model = small(num_items=5, categories=categories, vectors=vectors)
-    model.items.fill(items)
+    fill_items(model, items)
     rows = torch.tensor([[0, 2], [4, 1]])
     found = model.items(rows)
     assert found.shape == (2, 2, 8)
@@ -320,11 +319,11 @@ def test_item_features_are_read() -> None:
     again = IFA(model.config).double()
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.items(rows), found)
-    with pytest.raises(ValueError, match="expected an item table with categories 'maker'"):
-        model.items.fill(replace(items, categories={}))
+    with pytest.raises(ValueError, match="expected items with a feature 'maker'"):
+        fill_items(model, replace(items, categories={}))
     wrong = small(num_items=5, categories=(("maker", 3, 7), categories[1]), vectors=vectors)
     with pytest.raises(ValueError, match="item feature 'maker': expected"):
-        wrong.items.fill(items)
+        fill_items(wrong, items)
 
 
 def test_bad_input_is_named() -> None:

@@ -190,17 +190,30 @@ def test_one_candidate_none_labelled_and_all_equal_are_kept_as_they_are() -> Non
     assert dataset.rows.tolist() == [0, 2]  # what is not labelled teaches nothing
 
 
-@settings(deadline=None, max_examples=30)
-@given(rows=exposures)
-def test_parts_are_in_order_of_time_and_lose_nothing(rows: list[Row]) -> None:
-    requests = requests_from_events(log_of(rows), gap_s=1_000)
-    try:
-        parts = split_requests(requests, validation_share=0.3, test_share=0.3)
-    except ValueError:
-        return
-    assert sum(part.num_candidates for part in parts) == requests.num_candidates
-    assert parts.train.time.max() < parts.validation.time.min()
-    assert parts.validation.time.max() < parts.test.time.min()
+@pytest.mark.parametrize("seed", range(5))
+def test_no_label_of_a_part_is_as_late_as_the_next_part(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    rows = [
+        (
+            int(random.integers(6)),
+            int(random.integers(9)),
+            10**9 + 300 * int(random.integers(90)),
+            1.0,
+        )
+        for _ in range(120)
+    ]
+    requests = requests_from_events(log_of(rows), gap_s=600)
+    parts = split_requests(requests, validation_share=0.3, test_share=0.3)
+    assert parts.train.end.max() < parts.validation.time.min()
+    assert parts.validation.end.max() < parts.test.time.min()
+    # only what goes on beyond a cut is lost
+    cuts = np.array([parts.validation.time.min(), parts.test.time.min()])
+    over = ((requests.time[:, None] < cuts) & (requests.end[:, None] >= cuts)).any(1)
+    assert over.any()
+    kept = requests.num_requests - over.sum()
+    assert sum(part.num_requests for part in parts) <= kept
+    # a request between the cut and the first that is kept may start before it: those go on, too
+    assert sum(part.num_requests for part in parts) >= kept - len(cuts) * 6
 
 
 def test_select_takes_whole_requests() -> None:

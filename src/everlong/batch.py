@@ -101,3 +101,34 @@ class Batch:
         """A batch of one event per user, the input of ``step``: ``items [B]``, ``times [B]``."""
         offsets = torch.arange(items.numel() + 1, device=items.device)
         return Batch(items=items, times=times, offsets=offsets, fields=fields or {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestBatch:
+    """Requests of B users and the histories that they need, each read once.
+
+    Attributes:
+        events: one row a user, up to the last event that one of its requests sees.
+        user: ``[Q]`` row of each request's user, never falling.
+        cut: ``[Q]`` events of that row before the request, never falling within a user.
+        times: ``[Q]`` when it is.
+        offsets: ``[Q + 1]``.
+        items: ``[P]``.
+        labels: ``[P]`` float32, NaN where there is none.
+        rows: ``[Q]`` where the request stands among all.
+    """
+
+    events: Batch
+    user: Tensor
+    cut: Tensor
+    times: Tensor
+    offsets: Tensor
+    items: Tensor
+    labels: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device | str) -> RequestBatch:
+        """The same batch on another device."""
+        names = ("user", "cut", "times", "offsets", "items", "labels", "rows")
+        moved = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, events=self.events.to(device), **moved)

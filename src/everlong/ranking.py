@@ -180,8 +180,7 @@ def evaluate_ranking(ranked: Ranked, *, k: int = 10) -> RankingEvaluation:
         "Calibration": (_sums(user, chance, len(owners)), _sums(user, labels, len(owners))),
     }
     metrics = {"AUC": Estimate(auc(logits, positive), np.nan, np.nan)}
-    for name, (top, bottom) in parts.items():
-        metrics[name] = _ratio(top, bottom)
+    metrics |= _ratios(parts)
     metrics["ECE"] = Estimate(calibration_error(chance, labels), np.nan, np.nan)
     return RankingEvaluation(
         metrics=metrics,
@@ -260,20 +259,25 @@ def _user_means(
     return means, (number > 0).astype(float)
 
 
-def _ratio(top: Floats, bottom: Floats) -> Estimate:
-    """``sum(top) / sum(bottom)`` and its interval over resampled users; NaN of nothing."""
-    inside = bottom > 0
-    if not inside.any():
-        return Estimate(np.nan, np.nan, np.nan)
-    generator = np.random.default_rng(SEED)
-    drawn = np.empty(RESAMPLES)
-    used = (top != 0) | inside
-    top, bottom = top[used], bottom[used]
-    for number in range(RESAMPLES):
-        # Poisson bootstrap: the count of each user in a resample is all but independent
-        counts = generator.poisson(1.0, len(top))
-        total = float(counts @ bottom)
-        drawn[number] = float(counts @ top) / total if total > 0 else np.nan
-    tail = (1.0 - LEVEL) / 2.0
-    low, high = np.nanquantile(drawn, [tail, 1.0 - tail])
-    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high))
+def _ratios(parts: Mapping[str, tuple[Floats, Floats]]) -> dict[str, Estimate]:
+    """``sum(top) / sum(bottom)`` of each pair ``[U]``, and intervals over resampled users.
+
+    NaN of nothing. All are taken from the same resamples, in which the count of each user is drawn
+    from a Poisson distribution of mean 1.
+    """
+    columns = np.stack([values for pair in parts.values() for values in pair], axis=1)
+    generator, tail = np.random.default_rng(SEED), (1.0 - LEVEL) / 2.0
+    drawn = np.empty((RESAMPLES, columns.shape[1]))
+    for row in drawn:
+        row[:] = generator.poisson(1.0, len(columns)) @ columns
+    found = {}
+    for number, name in enumerate(parts):
+        top, bottom = columns[:, 2 * number : 2 * number + 2].sum(0)
+        if bottom <= 0:
+            found[name] = Estimate(np.nan, np.nan, np.nan)
+            continue
+        tops, bottoms = drawn[:, 2 * number], drawn[:, 2 * number + 1]
+        inside = bottoms > 0
+        low, high = np.quantile(tops[inside] / bottoms[inside], [tail, 1.0 - tail])
+        found[name] = Estimate(float(top / bottom), float(low), float(high))
+    return found

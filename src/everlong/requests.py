@@ -14,9 +14,8 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from everlong.batch import Batch
+from everlong.batch import RequestBatch
 from everlong.clock import TimeUnit, parse_times, read_clock
 from everlong.dataset import gather
 from everlong.events import Events
@@ -47,6 +46,7 @@ class Requests:
     Attributes:
         user: ``[Q]`` int64 user row of the log.
         time: ``[Q]`` int64 Unix seconds.
+        end: ``[Q]`` int64 Unix seconds of the last of its candidates.
         stop: ``[Q]`` int64; the history is the user's events before this position of the log.
         offsets: ``[Q + 1]`` int64.
         items: ``[P]`` int64 item rows.
@@ -56,6 +56,7 @@ class Requests:
 
     user: Rows
     time: Rows
+    end: Rows
     stop: Rows
     offsets: Rows
     items: Rows
@@ -89,6 +90,7 @@ class Requests:
             self,
             user=self.user[rows],
             time=self.time[rows],
+            end=self.end[rows],
             stop=self.stop[rows],
             offsets=offsets,
             items=self.items[places],
@@ -132,7 +134,9 @@ def requests_from_events(
     new[1:] = (owner[1:] != owner[:-1]) | (marks[1:] != marks[:-1])
     group = np.cumsum(new) - 1
     first = np.flatnonzero(new)
-    return _requests(events, owner[first], events.times[first], group, events.items, labels)
+    last = np.append(first[1:], len(owner)) - 1
+    times = events.times[first], events.times[last]
+    return _requests(events, owner[first], times, group, events.items, labels)
 
 
 def read_requests(
@@ -192,13 +196,17 @@ def read_requests(
         name = users.filter(pl.col("user_id") > 1)["request"][0]
         raise ValueError(f"request {name!r}: expected one user, received several")
     no_user, no_item = found["user"] < 0, found["item"] < 0
-    found = found.with_columns(pl.col("time").min().over("request"))
+    found = found.with_columns(
+        time=pl.col("time").min().over("request"), end=pl.col("time").max().over("request")
+    )
     found = found.filter(~no_user & ~no_item).sort("user", "time", "request", maintain_order=True)
     group = found["request"].rle_id().to_numpy().astype(np.int64)
     first = np.unique(group, return_index=True)[1]
-    user, time = (found[name].to_numpy().astype(np.int64)[first] for name in ("user", "time"))
+    user, time, end = (
+        found[name].to_numpy().astype(np.int64)[first] for name in ("user", "time", "end")
+    )
     labels = found["label"].fill_null(float("nan")).to_numpy().astype(np.float32)
-    made = _requests(events, user, time, group, found["item"].to_numpy(), labels)
+    made = _requests(events, user, (time, end), group, found["item"].to_numpy(), labels)
     facts = made.facts._replace(
         unknown_items=int((no_item & ~no_user).sum()),
         unknown_users=int(no_user.sum()),
@@ -232,12 +240,12 @@ def _field(events: Events, name: str) -> NDArray[np.generic]:
 def _requests(
     events: Events,
     user: Rows,
-    time: Rows,
+    times: tuple[Rows, Rows],
     group: Rows,
     items: NDArray[np.integer],
     labels: NDArray[np.float32],
 ) -> Requests:
-    """Requests of candidates ``[P]`` in groups ``[P]``, with users and times ``[Q]``."""
+    """Requests of candidates ``[P]`` in groups ``[P]``; users, first and last times are ``[Q]``."""
     if ((labels < 0) | (labels > 1)).any():
         raise ValueError(
             f"expected labels from 0 to 1, received {np.nanmin(labels)} to {np.nanmax(labels)}; "
@@ -256,8 +264,9 @@ def _requests(
     counts = np.bincount(group[kept], minlength=len(user))
     return Requests(
         user=user.astype(np.int64),
-        time=time.astype(np.int64),
-        stop=_stops(events, user, time),
+        time=times[0].astype(np.int64),
+        end=times[1].astype(np.int64),
+        stop=_stops(events, user, times[0]),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         items=items[kept].astype(np.int64),
         labels=best.astype(np.float32),
@@ -292,6 +301,9 @@ def split_requests(
 ) -> RequestSplit:
     """Three parts by time; requests of one second are never in two.
 
+    A request that goes on beyond the cut after its part is left out, because some of its labels
+    were not known yet.
+
     Args:
         requests: all.
         validation_share, test_share: of the labelled candidates, at least about so many.
@@ -311,7 +323,8 @@ def split_requests(
         for share in (test_share, validation_share + test_share)
     )
     part = (requests.time >= validation_from).astype(int) + (requests.time >= test_from)
-    parts = [requests.select(np.flatnonzero(part == number)) for number in range(3)]
+    over = (requests.end >= validation_from).astype(int) + (requests.end >= test_from)
+    parts = [requests.select(np.flatnonzero((part == n) & (over == n))) for n in range(3)]
     sizes = [found.num_requests for found in parts]
     if min(sizes) == 0:
         raise ValueError(
@@ -319,37 +332,6 @@ def split_requests(
             f"{', '.join(map(str, sizes))}; use a log that covers more time, or other shares"
         )
     return RequestSplit(*parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestBatch:
-    """Requests of B users and the histories that they need, each read once.
-
-    Attributes:
-        events: one row a user, up to the last event that one of its requests sees.
-        user: ``[Q]`` row of each request's user, never falling.
-        cut: ``[Q]`` events of that row before the request, never falling within a user.
-        times: ``[Q]`` when it is.
-        offsets: ``[Q + 1]``.
-        items: ``[P]``.
-        labels: ``[P]`` float32, NaN where there is none.
-        rows: ``[Q]`` where the request stands among all.
-    """
-
-    events: Batch
-    user: Tensor
-    cut: Tensor
-    times: Tensor
-    offsets: Tensor
-    items: Tensor
-    labels: Tensor
-    rows: Tensor
-
-    def to(self, device: torch.device | str) -> RequestBatch:
-        """The same batch on another device."""
-        names = ("user", "cut", "times", "offsets", "items", "labels", "rows")
-        moved = {name: getattr(self, name).to(device) for name in names}
-        return replace(self, events=self.events.to(device), **moved)
 
 
 class RequestDataset:

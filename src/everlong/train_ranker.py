@@ -6,19 +6,21 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from everlong.batch import RequestBatch
 from everlong.encode import encode_histories, serving
 from everlong.events import Events
+from everlong.items import ItemTable
 from everlong.models.ranker import Ranker
 from everlong.ranking import Ranked
 from everlong.ranking_losses import Shares, ranking_loss
-from everlong.requests import RequestBatch, RequestDataset, Requests
+from everlong.requests import RequestDataset, Requests
 from everlong.state import State, take
 from everlong.train import LoopConfig, Run, TrainResult, Validate
 
@@ -152,6 +154,34 @@ class Ranking:
         chosen = torch.rand(batch.user.numel()) < 0.25
         label = 0.0 if self.config.unexposed_label == "negative" else torch.nan
         return add_candidates(batch, chosen, extra, self._chances, label)
+
+
+class ItemFeatures(NamedTuple):
+    """What a ranker's configuration says of the features of its items."""
+
+    categories: tuple[tuple[str, int, int], ...]
+    vectors: tuple[tuple[str, int], ...]
+
+
+def item_features(table: ItemTable) -> ItemFeatures:
+    """The part of a ranker's configuration that takes all of an item table."""
+    categories = tuple(
+        (name, len(column.names), len(column.codes)) for name, column in table.categories.items()
+    )
+    return ItemFeatures(categories, tuple((n, v.shape[1]) for n, v in table.vectors.items()))
+
+
+def fill_items(model: Ranker, table: ItemTable) -> None:
+    """Gives a ranker the features of its items.
+
+    Raises:
+        ValueError: if the table does not fit the configuration of the model.
+    """
+    categories = {
+        name: (torch.from_numpy(column.codes), torch.from_numpy(column.offsets))
+        for name, column in table.categories.items()
+    }
+    model.items.fill(categories, {n: torch.from_numpy(v) for n, v in table.vectors.items()})
 
 
 def drop_candidates(batch: RequestBatch, share: float) -> RequestBatch:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from everlong import state as states
-from everlong.batch import Batch
+from everlong.batch import Batch, RequestBatch
 from everlong.models.ranker import (
     FeedForward,
     Ranker,
@@ -50,7 +50,6 @@ from everlong.ops.linear_attention import (
     merged,
 )
 from everlong.ops.sets import Sets
-from everlong.requests import RequestBatch
 
 Read = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """Of a layer and queries ``[P, H, F]``: weighted sums ``[P, H, M, E]`` and masses ``[P, H, M]``."""

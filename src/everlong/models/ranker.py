@@ -7,7 +7,7 @@ served from states (``score``), it must answer the same.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from everlong import state as states
-from everlong.batch import Batch
-from everlong.items import ItemTable
+from everlong.batch import Batch, RequestBatch
 from everlong.model import UserModel
 from everlong.ops import newest
 from everlong.ops.dropout import Dropout
 from everlong.ops.sets import Sets
-from everlong.requests import RequestBatch
 from everlong.state import State
 
 HOUR_S, DAY_S = 3_600, 86_400
@@ -287,40 +285,46 @@ class ItemEncoder(nn.Module):
         for number, (_, width) in enumerate(config.vectors):
             self.register_buffer(f"vectors_{number}", torch.zeros(config.num_items, width))
 
-    def fill(self, table: ItemTable) -> None:
-        """Takes categories and vectors from an item table.
+    def fill(
+        self,
+        categories: Mapping[str, tuple[Tensor, Tensor]],
+        vectors: Mapping[str, Tensor],
+    ) -> None:
+        """Takes the features of the items of the catalogue.
+
+        Args:
+            categories: by name, codes and where those of each item begin, as of ``Categories``.
+            vectors: by name, ``[I, V]``.
 
         Raises:
-            ValueError: if the table lacks a column or does not fit the configuration.
+            ValueError: if a feature is missing or does not fit the configuration.
         """
+        for names, given in ((self.names, categories), (self.vector_names, vectors)):
+            for name in names:
+                if name not in given:
+                    raise ValueError(
+                        f"expected items with a feature {name!r}, received "
+                        f"{', '.join(given) or 'none'}; name it where the items are read"
+                    )
         for number, name in enumerate(self.names):
-            if name not in table.categories:
+            codes, offsets = categories[name]
+            self._set(f"codes_{number}", codes, name)
+            self._set(f"offsets_{number}", offsets, name)
+            expected = self.tables[number].num_embeddings
+            if codes.numel() and int(codes.max()) >= expected:  # type: ignore[operator]
                 raise ValueError(
-                    f"expected an item table with categories {name!r}, received "
-                    f"{', '.join(table.categories) or 'none'}"
-                )
-            column = table.categories[name]
-            self._set(f"codes_{number}", torch.from_numpy(column.codes), name)
-            self._set(f"offsets_{number}", torch.from_numpy(column.offsets), name)
-            if len(column.names) != self.tables[number].num_embeddings:
-                raise ValueError(
-                    f"categories {name!r}: expected {self.tables[number].num_embeddings} codes, "
-                    f"received {len(column.names)}"
+                    f"item feature {name!r}: expected codes below {expected}, received "
+                    f"{int(codes.max())}"
                 )
         for number, name in enumerate(self.vector_names):
-            if name not in table.vectors:
-                raise ValueError(
-                    f"expected an item table with vectors {name!r}, received "
-                    f"{', '.join(table.vectors) or 'none'}"
-                )
-            self._set(f"vectors_{number}", torch.from_numpy(table.vectors[name]), name)
+            self._set(f"vectors_{number}", vectors[name], name)
 
     def _set(self, buffer: str, values: Tensor, name: str) -> None:
         old = getattr(self, buffer)
         if old.shape != values.shape:
             raise ValueError(
                 f"item feature {name!r}: expected {tuple(old.shape)} as configured, received "
-                f"{tuple(values.shape)}; build the configuration from this table"
+                f"{tuple(values.shape)}; build the configuration from these items"
             )
         old.copy_(values)
 
@@ -347,16 +351,6 @@ class ItemEncoder(nn.Module):
         for number, linear in enumerate(self.maps):
             vectors = vectors + linear(getattr(self, f"vectors_{number}")[flat])
         return vectors.reshape(*items.shape, vectors.shape[-1])
-
-
-def item_features(
-    table: ItemTable,
-) -> tuple[tuple[tuple[str, int, int], ...], tuple[tuple[str, int], ...]]:
-    """``categories`` and ``vectors`` of a configuration that takes all of an item table."""
-    categories = tuple(
-        (name, len(column.names), len(column.codes)) for name, column in table.categories.items()
-    )
-    return categories, tuple((name, v.shape[1]) for name, v in table.vectors.items())
 
 
 class FeedForward(nn.Module):

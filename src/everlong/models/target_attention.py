@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.batch import Batch
+from everlong.batch import Batch, RequestBatch
 from everlong.models.ranker import Ranker, RankerConfig, Recent, RecentReader, SetAttention
 from everlong.ops import newest
 from everlong.ops.dropout import Dropout
 from everlong.ops.sets import Sets
-from everlong.requests import RequestBatch
 
 Reader = Literal["mean", "din", "softmax", "sim_soft", "sim_hard"]
 

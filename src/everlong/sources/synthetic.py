@@ -262,8 +262,8 @@ def exposures(
         seed: of everything.
 
     Returns:
-        A log with the columns ``label`` (float) and ``outcome`` (the same as a code). ``best`` holds
-        the ``AUC`` of an oracle that knows the groups that each user likes.
+        A log with the columns ``label`` (float) and ``outcome`` (the same as a code). ``best``
+        holds the ``AUC`` of an oracle that knows the groups that each user likes.
 
     Raises:
         ValueError: if a number is below 1, or there are fewer than four groups.
