@@ -19,7 +19,7 @@ LAYERS = """
     losses checkpoint train
     topk metrics evaluate
     ranking_losses ranking train_ranker
-    users folder card recommender pipeline
+    users folder card two_stage recommender pipeline ranking_pipeline
     report plots testing bench demo fitting cli
 """
 ORDER = LAYERS.split()

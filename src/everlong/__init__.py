@@ -11,9 +11,11 @@ if TYPE_CHECKING:
     from everlong.interrupt import Interrupted
     from everlong.items import ItemTable, read_items
     from everlong.pipeline import fit
+    from everlong.ranking_pipeline import fit_ranker
     from everlong.recommender import Recommender, UpdateReport, load
     from everlong.split import PAPER, TEMPORAL, Protocol
     from everlong.train import TrainConfig
+    from everlong.train_ranker import RankerTrainConfig
 
 __version__ = "0.1.0"
 
@@ -24,10 +26,12 @@ __all__ = [
     "Interrupted",
     "ItemTable",
     "Protocol",
+    "RankerTrainConfig",
     "Recommender",
     "TrainConfig",
     "UpdateReport",
     "fit",
+    "fit_ranker",
     "load",
     "open_events",
     "read_events",
@@ -42,10 +46,12 @@ _HOMES = {
     "Interrupted": "everlong.interrupt",
     "ItemTable": "everlong.items",
     "Protocol": "everlong.split",
+    "RankerTrainConfig": "everlong.train_ranker",
     "Recommender": "everlong.recommender",
     "TrainConfig": "everlong.train",
     "UpdateReport": "everlong.recommender",
     "fit": "everlong.pipeline",
+    "fit_ranker": "everlong.ranking_pipeline",
     "load": "everlong.recommender",
     "open_events": "everlong.index",
     "read_events": "everlong.events",

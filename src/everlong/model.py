@@ -54,6 +54,11 @@ class UserModel(nn.Module):
         self.num_items = num_items
 
     @property
+    def event_fields(self) -> tuple[str, ...]:
+        """Names of the event fields that the model reads, beside items and times."""
+        return ()
+
+    @property
     def set_dependent(self) -> bool:
         """Whether the score of a candidate depends on which others it stands among."""
         return False

@@ -33,9 +33,13 @@ from everlong.split import Protocol, Rows, split
 from everlong.table import Source
 from everlong.topk import SCORES_PER_BATCH, mask_items, top_k
 from everlong.train import TrainConfig
+from everlong.two_stage import TwoStage, rerank
 from everlong.users import UserTable
 
 log = logging.getLogger(__name__)
+
+TWO_STAGE = "two_stage"
+"""Name of a model that is a retriever and a ranker."""
 
 SEEN_CAPACITY = 1024
 """Item rows kept for each user so that seen items can be filtered: 4 KB."""
@@ -137,6 +141,52 @@ class Recommender:
             rows = self._known_users(names)
         return self._list(table, rows, names.alias("user_id"), k, filter_seen, _seconds(at))
 
+    def rank(
+        self,
+        users: Sequence[Any] | pl.Series,
+        candidates: Sequence[Sequence[Any]],
+        *,
+        at: int | datetime | None = None,
+    ) -> pl.DataFrame:
+        """Candidates of each user in the order of the ranker: ``user_id, item_id, score, rank``.
+
+        The candidates of a user are one set: what is among them may change the order of the rest.
+        Without a ranker they are ordered by the scores that recommendations are made from.
+
+        Args:
+            users: ids of known users.
+            candidates: item ids for each of them; one that is there twice is kept once.
+            at: time of the request, Unix seconds or a datetime (UTC if it has no time zone).
+
+        Raises:
+            ValueError: if a user or an item is unknown, or there is not one list for each user.
+        """
+        names = _series("user_id", users)
+        if len(names) != len(candidates):
+            raise ValueError(
+                f"expected one list of candidates a user, received {len(candidates)} lists for "
+                f"{len(names)} users"
+            )
+        when, lists = _seconds(at), []
+        rows, device = self._known_users(names), device_of(self.model)
+        with serving(self.model):
+            for place, items in enumerate(candidates):
+                ids = _series("item_id", items).unique(maintain_order=True)
+                known = torch.from_numpy(self._known_items(ids)) if len(ids) else torch.zeros(0)
+                state = self.users.read_states(torch.from_numpy(rows[place : place + 1]))
+                state = type(state)(*(value.to(device) for value in state))
+                asked = None if when is None else torch.tensor([when], device=device)
+                known = known.long()[None].to(device)
+                if isinstance(self.model, TwoStage):
+                    scores, known = rerank(self.model, state, known, asked)
+                else:
+                    scores = self.model.score(state, known, asked)
+                    scores, order = scores.sort(dim=1, descending=True, stable=True)
+                    known = known.gather(1, order)
+                lists.append((scores.cpu(), known.cpu()))
+        frames = [self._frame(names[n : n + 1], "item_id", [part]) for n, part in enumerate(lists)]
+        return pl.concat(frames) if frames else self._frame(names, "item_id", [])
+
     def update(
         self,
         events: Source | Events,
@@ -170,6 +220,7 @@ class Recommender:
                 user_id=user_id,
                 item_id=item_id,
                 timestamp=timestamp,
+                fields=self.model.event_fields,
                 time_unit="position" if self.origin.time_unit == "position" else time_unit,
             )
         self._check_clock(events)
@@ -197,7 +248,7 @@ class Recommender:
         if part not in ("test", "validation"):
             raise ValueError(f"expected part 'test' or 'validation', received {part!r}")
         if not isinstance(events, Events):
-            events = read_events(events)
+            events = read_events(events, fields=self.model.event_fields)
         if events.fingerprint != self.origin.data["fingerprint"]:
             raise ValueError(
                 "this log is not the one that the model was trained on: expected fingerprint "
@@ -307,6 +358,11 @@ class Recommender:
         self, histories: Mapping[Any, Sequence[Any]]
     ) -> tuple[UserTable, pl.Series]:
         """A table of these histories alone, and their names."""
+        if self.model.event_fields:
+            raise ValueError(
+                f"the model reads the fields {', '.join(self.model.event_fields)} of events, which "
+                "a list of items does not have: feed the events with update() first"
+            )
         names = _series("user_id", list(histories))
         for name, items in histories.items():
             if isinstance(items, str | bytes) or not isinstance(items, Iterable):
@@ -352,7 +408,12 @@ class Recommender:
                 scores = self.model.score(state, at=when).cpu()
                 if filter_seen:
                     scores = mask_items(scores, *table.seen_pairs(part))
-                lists.append(top_k(scores, k))
+                if isinstance(self.model, TwoStage):
+                    named = top_k(scores, max(k, self.model.config.candidates))[1].to(device)
+                    ranked = rerank(self.model, state, named, when)
+                    lists.append((ranked[0][:, :k].cpu(), ranked[1][:, :k].cpu()))
+                else:
+                    lists.append(top_k(scores, k))
         return self._frame(names, "item_id", lists)
 
     def _frame(
@@ -388,7 +449,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> Recommender:
     stored = read_folder(Path(folder))
     config = stored.config
     try:
-        model_class = load_model_class(config.model)
+        model_class = TwoStage if config.model == TWO_STAGE else load_model_class(config.model)
         model = model_class(load_settings(config_class(model_class), config.architecture))
         train = load_settings(TrainConfig, config.train)
         protocol = load_settings(Protocol, config.protocol)

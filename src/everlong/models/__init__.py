@@ -54,6 +54,19 @@ def load_model_class(name: str) -> type[UserModel]:
     return loaded
 
 
+def load_ranker_class(name: str) -> type[Any]:
+    """The class of a built-in ranker, imported now; it is made as ``cls(config)``.
+
+    Raises:
+        ValueError: if there is no such ranker.
+    """
+    if name not in RANKERS:
+        raise ValueError(f"unknown ranker {name!r}: expected one of {', '.join(RANKERS)}")
+    module, _, attribute = RANKERS[name].partition(":")
+    loaded: type[Any] = getattr(import_module(module), attribute)
+    return loaded
+
+
 def config_class(model_class: type[UserModel]) -> type[Any]:
     """The frozen dataclass that ``model_class`` is made from, read from its constructor.
 

@@ -117,6 +117,11 @@ class Ranker(UserModel):
         nn.init.zeros_(self.item_bias.weight)
 
     @property
+    def event_fields(self) -> tuple[str, ...]:
+        """The fields of the configuration."""
+        return tuple(name for name, _ in self.config.fields)
+
+    @property
     def set_dependent(self) -> bool:
         """Whether the score of a candidate depends on the others."""
         return bool(self.config.candidate_attention)
