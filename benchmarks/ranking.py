@@ -31,11 +31,13 @@ import polars as pl
 import torch
 import typer
 
+from everlong.encode import serving
 from everlong.events import Events, read_events
 from everlong.items import ItemTable, read_items
 from everlong.models.ifa import IFA, IFAConfig
 from everlong.models.ranker import Ranker
 from everlong.models.target_attention import TargetAttention, TargetAttentionConfig
+from everlong.ops.sets import Sets
 from everlong.provenance import hardware, versions
 from everlong.ranking import Ranked, by_history_length, evaluate_ranking
 from everlong.requests import (
@@ -48,6 +50,7 @@ from everlong.requests import (
 from everlong.state import bytes_per_user
 from everlong.train_ranker import (
     RankerTrainConfig,
+    add_candidates,
     fill_items,
     item_features,
     score_requests,
@@ -79,7 +82,13 @@ CONTESTANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"half_lives": (0.0, WEEK_S), "candidate_attention": False},
     ),
     "IFA, no recent events": ("ifa", {"half_lives": (0.0, WEEK_S), "window": 0}),
+    "IFA, exp": ("ifa", {"half_lives": (0.0, WEEK_S), "feature_map": "exp"}),
+    "IFA, larger sets in training": ("ifa", {"half_lives": (0.0, WEEK_S)}),
 }
+TRAINING: Mapping[str, Mapping[str, Any]] = {
+    "IFA, larger sets in training": {"candidate_drop": 0.2, "unexposed": 50},
+}
+"""What some contestants train with beside the budget."""
 LOGS = ("kuairand-pure", "kuairand-27k-like-hate", "ml-latest-small", "ml-100k")
 BUDGETS: Mapping[str, Mapping[str, Any]] = {
     "kuairand-pure": {"epochs": 8, "batch_size": 16_384, "lr": 1e-3, "patience": 3},
@@ -244,7 +253,14 @@ def run(
     else:
         shape = {**shape, **json.loads(architecture)}
         model = build(kind, shape, found, seed)
-        settings = RankerTrainConfig(**{**BUDGETS[data], "seed": seed, **json.loads(training)})
+        settings = RankerTrainConfig(
+            **{
+                **BUDGETS[data],
+                **TRAINING.get(contestant, {}),
+                "seed": seed,
+                **json.loads(training),
+            }
+        )
         began = time.perf_counter()
         result = train_ranker(
             model,
@@ -264,6 +280,8 @@ def run(
             "bytes_per_user": bytes_per_user(model.initial_state(1)),
         }
         scored = {part: score(model, found, part) for part in ("validation", "test")}
+        if model.set_dependent:
+            record["larger_sets"] = [larger_sets(model, found, extra) for extra in (10, 100)]
     test = scored["test"]
     record |= {
         "validation": means(scored["validation"]),
@@ -285,6 +303,37 @@ def file_name(data: str, contestant: str, seed: int) -> str:
 
 def score(model: Ranker, data: Data, part: str) -> Ranked:
     return score_requests(model, data.events, getattr(data.parts, part))
+
+
+def larger_sets(model: Ranker, data: Data, extra: int) -> dict[str, Any]:
+    """What becomes of the scores of the shown candidates when others join their set.
+
+    The others are drawn as often as they were shown in training. Of pairs of shown candidates of a
+    request, the share whose order turns round; of single ones, the mean change of the logit.
+    """
+    train = data.parts.train
+    chances = torch.bincount(torch.from_numpy(train.items), minlength=data.events.num_items)
+    changes, turned, pairs = [], 0, 0
+    with serving(model), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for batch in RequestDataset(data.events, data.parts.test).in_order(1 << 13):
+            everyone = torch.ones(batch.user.numel(), dtype=torch.bool)
+            more = add_candidates(batch, everyone, extra, chances.double(), torch.nan)
+            before, after = model.rank(batch), model.rank(more)
+            sizes, grown = batch.offsets.diff(), more.offsets[:-1]
+            # those that were shown come first
+            place = torch.arange(before.numel()) - batch.offsets[:-1].repeat_interleave(sizes)
+            after = after[grown.repeat_interleave(sizes) + place]
+            changes.append((after - before).abs())
+            for _, index in Sets.of(batch.offsets).groups:
+                a, b = (x[index][:, :, None] - x[index][:, None] for x in (before, after))
+                turned += int(((a > 0) & (b < 0)).sum())
+                pairs += int((a > 0).sum())
+    return {
+        "extra": extra,
+        "mean change of a logit": float(torch.cat(changes).mean()),
+        "pairs turned round": turned / max(1, pairs),
+    }
 
 
 def means(ranked: Ranked) -> dict[str, float]:

@@ -12,7 +12,13 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from everlong.cli import app
-from everlong.models import BUILTIN, config_class, load_model_class
+from everlong.models import (
+    BUILTIN,
+    RANKERS,
+    config_class,
+    load_model_class,
+    load_ranker_class,
+)
 from everlong.sources import demo_log
 from everlong.state import bytes_per_user
 from everlong.train import TrainConfig
@@ -133,8 +139,8 @@ def test_the_table_of_models_is_complete_and_true() -> None:
         for name in re.findall("`(.*?)`", names)
     }
     sizes = {}
-    for name in BUILTIN:
-        kind = load_model_class(name)
+    for name in (*BUILTIN, *RANKERS):
+        kind = load_model_class(name) if name in BUILTIN else load_ranker_class(name)
         state = kind(config_class(kind)(num_items=10)).initial_state(1)  # type: ignore[arg-type]
         sizes[name] = bytes_per_user(state)
     assert stated == sizes

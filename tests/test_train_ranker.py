@@ -9,14 +9,18 @@ import torch
 
 from everlong.events import Events, read_events
 from everlong.interrupt import Interrupted
+from everlong.items import read_items
 from everlong.model import UserModel
 from everlong.models.ifa import IFA, IFAConfig
 from everlong.ranking import evaluate_ranking
 from everlong.requests import RequestDataset, RequestSplit, requests_from_events, split_requests
+from everlong.sources.synthetic import exposures
 from everlong.train_ranker import (
     RankerTrainConfig,
     add_candidates,
     drop_candidates,
+    fill_items,
+    item_features,
     score_requests,
     serve_requests,
     train_ranker,
@@ -55,7 +59,7 @@ def test_learns_and_serves_what_was_measured() -> None:
     events, parts = likes(users=150)
     model = small(events)
     dataset = RequestDataset(events, parts.train)
-    config = RankerTrainConfig(epochs=14, batch_size=512, lr=5e-3, patience=14)
+    config = RankerTrainConfig(epochs=16, batch_size=256, lr=5e-3, patience=14)
 
     def validate(trained: UserModel) -> dict[str, float]:
         assert isinstance(trained, IFA)
@@ -148,3 +152,19 @@ def test_nothing_labelled_is_an_error() -> None:
     requests.labels[:] = np.nan
     with pytest.raises(ValueError, match="labelled candidates, received none"):
         train_ranker(small(events), RequestDataset(events, requests), RankerTrainConfig())
+
+
+def test_reaches_what_can_be_known_of_made_up_exposures() -> None:
+    log = exposures(num_users=300, num_items=60, num_groups=6)
+    events = read_events(log.frame, fields=["label", "outcome"], time_unit="s")
+    parts = split_requests(requests_from_events(events))
+    table = pl.DataFrame({"item_id": range(60), "group": [str(n % 6) for n in range(60)]})
+    items = read_items(table, events.item_ids, categorical=["group"])
+    features = item_features(items)._asdict()
+    model = small(events, dim=32, layers=2, window=16, **features)
+    fill_items(model, items)
+    config = RankerTrainConfig(epochs=8, batch_size=256, lr=5e-3)
+    train_ranker(model, RequestDataset(events, parts.train), config)
+    found = evaluate_ranking(score_requests(model, events, parts.test)).metrics["AUC"].mean
+    assert found > 0.75
+    assert found < log.best["AUC"] + 0.03

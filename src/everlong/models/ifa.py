@@ -35,6 +35,7 @@ from everlong.models.ranker import (
     Recent,
     RecentReader,
     SetAttention,
+    match,
     one_by_one,
 )
 from everlong.ops import newest
@@ -50,6 +51,9 @@ from everlong.ops.linear_attention import (
     merged,
 )
 from everlong.ops.sets import Sets
+
+MATCH = 1.5
+"""Gain of the first keys and queries: feature maps are flat near zero."""
 
 Read = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 """Of a layer and queries ``[P, H, F]``: weighted sums ``[P, H, M, E]`` and masses ``[P, H, M]``."""
@@ -140,6 +144,9 @@ class IFA(Ranker):
         self.rates: Tensor
         self.register_buffer("rates", rates.float(), persistent=False)
         self._initialise()
+        for layer, memory in zip(self.layers, self.memories, strict=True):
+            nn.init.xavier_uniform_(memory.key.weight, gain=MATCH)  # type: ignore[union-attr, arg-type]
+            match(layer.query, memory.key)  # type: ignore[arg-type]
 
     @property
     def _sums_shape(self) -> tuple[int, int, int, int, int]:

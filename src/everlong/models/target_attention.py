@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from everlong.batch import Batch, RequestBatch
-from everlong.models.ranker import Ranker, RankerConfig, Recent, RecentReader, SetAttention
+from everlong.models.ranker import (
+    Ranker,
+    RankerConfig,
+    Recent,
+    RecentReader,
+    SetAttention,
+    match,
+)
 from everlong.ops import newest
 from everlong.ops.dropout import Dropout
 from everlong.ops.sets import Sets
@@ -91,6 +98,8 @@ class TargetAttention(Ranker):
         self.reader = readers[config.reader](config)
         self.among = SetAttention(config) if config.candidate_attention else None
         self._initialise()
+        if isinstance(self.reader, SearchReader):
+            match(self.reader.query, self.reader.enter)
 
     def initial_state(self, num_users: int) -> TargetAttentionState:
         """No events."""
