@@ -44,8 +44,10 @@ from everlong.train import TrainConfig, train
 from long_history import DROPOUT, PAST, RECENT, SHAPE, build, whole
 from quality import DATA_DIR, read_log
 from record import RESULTS
+from tables import insert
 
 FOLDER = RESULTS / "ablations"
+PAGE = Path(__file__).parents[1] / "docs" / "compression.md"
 
 
 class Log(StrEnum):
@@ -120,6 +122,7 @@ def main(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DA
             path.write_text(json.dumps(record, indent=1) + "\n")
             print(ablation, label, seed, found, flush=True)
     draw(record, path.with_suffix(".png"))
+    write_page()
 
 
 def real(data_dir: Path) -> Split:
@@ -219,6 +222,27 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3, axis="y")
     axes.set_title(f"{record['log']}: {record['ablation']}")
     figure.savefig(path, dpi=110, format="png")
+
+
+def write_page() -> None:
+    """The tables of the page, from all records on the synthetic log."""
+    record = {a: FOLDER / f"{Log.synthetic.value}-{a}.json" for a in ABLATIONS}
+    runs = {a: json.loads(p.read_text())["runs"] for a, p in record.items() if p.exists()}
+    rows = [("", "", "HitRate@1 of each seed"), ("---",) * 3]
+    for ablation, found in runs.items():
+        for label in dict.fromkeys(r["variant"] for r in found):
+            hits = (f"{r['HitRate@1']:.2f}" for r in found if r["variant"] == label)
+            rows.append((ablation, label, ", ".join(hits)))
+    page = insert(PAGE.read_text(), as_table(rows), "ablations")
+    ages = list(runs["gap"][0]["by age"])
+    rows = [("", *(f"{age} events" for age in ages)), ("---",) * (len(ages) + 1)]
+    for run in runs["gap"]:
+        rows.append((run["variant"], *(f"{x:.2f}" for x in run["by age"].values())))
+    PAGE.write_text(insert(page, as_table(rows), "ages"))
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def bars(axes: Any, labels: Sequence[str], values: Sequence[Sequence[float]]) -> None:

@@ -92,9 +92,9 @@ TRAINING: Mapping[str, Mapping[str, Any]] = {
 LOGS = ("kuairand-pure", "kuairand-27k-like-hate", "ml-latest-small", "ml-100k")
 BUDGETS: Mapping[str, Mapping[str, Any]] = {
     "kuairand-pure": {"epochs": 8, "batch_size": 16_384, "lr": 1e-3, "patience": 3},
-    "kuairand-27k-like-hate": {"epochs": 20, "batch_size": 4_096, "lr": 1e-3},
-    "ml-latest-small": {"epochs": 20, "batch_size": 4_096, "lr": 1e-3},
-    "ml-100k": {"epochs": 20, "batch_size": 4_096, "lr": 1e-3},
+    "kuairand-27k-like-hate": {"epochs": 12, "batch_size": 2_048, "lr": 1e-3},
+    "ml-latest-small": {"epochs": 12, "batch_size": 1_024, "lr": 1e-3},
+    "ml-100k": {"epochs": 12, "batch_size": 1_024, "lr": 1e-3},
 }
 METRICS = ("AUC", "GAUC", "GAUC@request", "NDCG@10", "MRR", "LogLoss", "ECE")
 app = typer.Typer(help=__doc__, add_completion=False)

@@ -16,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "benchmarks" / "results" / "quality"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 MODELS = ("popularity", "recent_popularity", "markov", "gru4rec", "sasrec", "lru")
 METRICS = ("NDCG@10", "Recall@10")
 
@@ -80,16 +79,17 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def insert(text: str, table: str) -> str:
-    """A text with the table between its markers.
+def insert(text: str, table: str, name: str = "results") -> str:
+    """A text with the table between the markers of a name.
 
     Raises:
         ValueError: if the markers are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN} and then {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and then {end}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def main() -> int:

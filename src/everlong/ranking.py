@@ -1,7 +1,7 @@
 """Metrics of rankers, from the scores and labels of candidates.
 
-Candidates without a label (NaN) are left out of every metric. Groups in which all labels are equal
-say nothing about an order: they are skipped and counted.
+Candidates without a label (NaN) are left out of every metric. Groups of positives (0.5 or more) or
+negatives alone say nothing about an order of the two: they are skipped and counted.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RankingEvaluation:
         candidates: labelled ones.
         requests: with a labelled candidate.
         users: with a labelled candidate.
-        skipped_users, skipped_requests: all of whose labels are equal.
+        skipped_users, skipped_requests: with positives or negatives alone.
     """
 
     metrics: Mapping[str, Estimate]
@@ -79,7 +79,11 @@ class RankingEvaluation:
     skipped_requests: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain values for a results file."""
+        """Everything as plain values for a results file, None for what is not known."""
+        metrics = {
+            name: {part: None if np.isnan(x) else x for part, x in value._asdict().items()}
+            for name, value in self.metrics.items()
+        }
         return {
             "candidates": self.candidates,
             "requests": self.requests,
@@ -87,12 +91,12 @@ class RankingEvaluation:
             "skipped_users": self.skipped_users,
             "skipped_requests": self.skipped_requests,
             "interval": f"{LEVEL:.0%} bootstrap over users, {RESAMPLES} resamples, seed {SEED}",
-            "metrics": {name: value._asdict() for name, value in self.metrics.items()},
+            "metrics": metrics,
         }
 
 
 def auc(scores: Floats, labels: Ints) -> float:
-    """The share of pairs of a positive and a negative in the right order, ties counting half.
+    """The share of pairs of a positive (label > 0) and another in the right order, ties count half.
 
     NaN if there is no such pair.
     """
@@ -130,7 +134,7 @@ def evaluate_ranking(ranked: Ranked, *, k: int = 10) -> RankingEvaluation:
     ``AUC``; ``GAUC``, the mean AUC of users weighted by their labelled candidates (as LongCTR has
     it); ``GAUC@request``, the same of requests; ``NDCG@k`` with the labels as gains and ``MRR`` of
     the first positive, means over the requests of a user and then over users, of requests with
-    different labels; ``LogLoss``; ``ECE``, the expected calibration error over ten bins of equal
+    positives (0.5 or more) and negatives; ``LogLoss``; ``ECE``, the expected calibration error over ten bins of equal
     size; ``Calibration``, the sum of predictions over that of labels.
 
     Args:
