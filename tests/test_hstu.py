@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from everlong import state as states
 from everlong.batch import Batch
-from everlong.models.hstu import HSTU, HSTUConfig, next_times, numbers
+from everlong.models.hstu import HSTU, HSTUConfig
+from everlong.models.ring import next_times, numbers
 from everlong.ops.pointwise_attention import elapsed_bucket
 from everlong.testing import check_model
 
@@ -33,7 +34,7 @@ def by_hand(model: HSTU, items: list[int], times: list[int], at: int) -> Tensor:
     size = config.dim // config.heads
     values = []
     for number, item in enumerate(items):
-        value = backbone.items.weight[item] * math.sqrt(config.dim)
+        value = backbone.items.ids.weight[item] * math.sqrt(config.dim)
         if backbone.positions is not None:
             value = value + backbone.positions[min(number, config.window - 1)]
         values.append(value)
@@ -104,7 +105,7 @@ def test_scores_are_cosines_by_temperature() -> None:
     scores = model.score(state)
     assert scores.abs().max() <= 10.0 + 1e-9
     vector = model.user(state)[0]
-    cosine = functional.cosine_similarity(vector, model.backbone.items.weight, dim=-1)
+    cosine = functional.cosine_similarity(vector, model.backbone.items.ids.weight, dim=-1)
     torch.testing.assert_close(scores[0], cosine / 0.1)
 
 

@@ -25,7 +25,11 @@ SMALL = {
     "placement": ((6, 2),),
     "recent": 5,
 }
-EXEMPT = {"sasrec": {2, 7}, "persrec_paper": {2, 3, 4, 7}}
+EXEMPT = {
+    "sasrec": {2, 7},
+    "persrec_paper": {2, 3, 4, 7},
+    "persrec_paper_hllm": {2, 3, 4, 7},
+}
 
 
 @pytest.fixture(autouse=True)

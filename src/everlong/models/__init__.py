@@ -21,6 +21,9 @@ BUILTIN: Mapping[str, str] = MappingProxyType(
         "hstu": "everlong.models.hstu:HSTU",
         "persrec": "everlong.models.persrec:PerSRec",
         "persrec_paper": "everlong.models.persrec_paper:PaperPerSRec",
+        "hllm": "everlong.models.hllm:HLLM",
+        "persrec_hllm": "everlong.models.persrec_hllm:PerSRecHLLM",
+        "persrec_paper_hllm": "everlong.models.persrec_hllm:PaperPerSRecHLLM",
     }
 )
 """Name of each model and where its class is."""

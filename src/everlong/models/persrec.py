@@ -1,4 +1,4 @@
-"""PerSRec (Zhang et al., ICDM 2025, arXiv 2601.03479) over HSTU, folding a stream of events.
+"""PerSRec (Zhang et al., ICDM 2025, arXiv 2601.03479), folding a stream of events; over HSTU.
 
 A history is cut into segments. After each segment stand K learned tokens, the same for all users,
 which read it; what they leave behind, their keys and values in every layer, is the segment's
@@ -10,9 +10,9 @@ The paper cuts once, so many events before the newest (see ``persrec_paper``). H
 after every R-th event from the beginning of the history, so that summaries never change: the state
 is the summaries of the last G segments and the events since, and it can be carried on for ever.
 
-State: ``8 L G K D + 8 G`` bytes of summaries and ``12 (R + keep) + 16`` of events: 4.1 KB and
-3.9 KB at L = 2, G = 1, K = 4, D = 64, R = 256, keep = 64. The events are kept as items and times
-and read again for each request, because their keys and values would take ``8 L D`` bytes each
+State: ``8 L G K M + 8 G`` bytes of summaries and ``12 (R + keep) + 16`` of events: 4.1 KB and
+3.9 KB at L = 2, G = 1, K = 4, M = 64, R = 256, keep = 64. The events are kept as items and times
+and read again for each request, because their keys and values would take ``8 L M`` bytes each
 where item and time take 12.
 """
 
@@ -28,14 +28,16 @@ from torch import Tensor, nn
 from everlong import state as states
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel, shift
-from everlong.models.hstu import Backbone, BackboneConfig, Sight, first_times, next_times
+from everlong.models.backbone import Backbone, BackboneConfig, Sight
+from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
+from everlong.models.ring import first_times, next_times
 from everlong.ops.pointwise_attention import Blocks
 from everlong.ops.spans import Spans, make_plan, split_runs
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerSRecConfig(BackboneConfig):
-    """Architecture of PerSRec on a stream.
+class StreamConfig(BackboneConfig):
+    """Architecture of PerSRec on a stream, over any backbone.
 
     Attributes:
         segment: events R of a segment.
@@ -71,6 +73,11 @@ class PerSRecConfig(BackboneConfig):
         return self.segment + self.keep
 
 
+@dataclass(frozen=True, kw_only=True)
+class PerSRecConfig(StreamConfig, HSTUBackboneConfig):
+    """Architecture of PerSRec on a stream, over HSTU."""
+
+
 def check_depth(config: BackboneConfig) -> None:
     """Raises ``ValueError`` unless there are layers enough for a summary to say anything.
 
@@ -87,8 +94,8 @@ def check_depth(config: BackboneConfig) -> None:
 class PerSRecState(NamedTuple):
     """What PerSRec remembers of a user: summaries, the newest last, and the events since."""
 
-    keys: Tensor  # [B, G, K, L, D]
-    values: Tensor  # [B, G, K, L, D]
+    keys: Tensor  # [B, G, K, L, M]
+    values: Tensor  # [B, G, K, L, M]
     group_times: Tensor  # [B, G] int64, when the last event of each summary was
     groups: Tensor  # [B] int64, how many of the last summaries are there
     items: Tensor  # [B, R + keep] int32, oldest first
@@ -116,8 +123,8 @@ class Segments(NamedTuple):
 class Summaries(NamedTuple):
     """Keys and values that tokens have left behind."""
 
-    keys: Tensor  # [T, L, D]
-    values: Tensor  # [T, L, D]
+    keys: Tensor  # [T, L, M]
+    values: Tensor  # [T, L, M]
     times: Tensor  # [T] int64
 
 
@@ -125,18 +132,14 @@ class Reader(nn.Module):
     """A backbone and the learned tokens: attention over segments and summaries.
 
     Args:
-        config: architecture of the backbone.
+        backbone: the layers.
         num_tokens: learned tokens.
-        columns: most tokens that a segment sees.
-        length: longest segment, tokens included.
     """
 
-    def __init__(
-        self, config: BackboneConfig, *, num_tokens: int, columns: int, length: int
-    ) -> None:
+    def __init__(self, backbone: Backbone, num_tokens: int) -> None:
         super().__init__()
-        self.backbone = Backbone(config, reach=columns + length, places=length)
-        self.tokens = nn.Parameter(torch.empty(num_tokens, config.dim))
+        self.backbone = backbone
+        self.tokens = nn.Parameter(torch.empty(num_tokens, backbone.start.numel()))
         nn.init.trunc_normal_(self.tokens, std=0.02, a=-0.04, b=0.04)
 
     def forward(
@@ -272,27 +275,22 @@ class Cuts(NamedTuple):
     folded: Tensor  # [S] events that its tokens read, 0 for none
 
 
-class PerSRec(UserModel):
-    """PerSRec over HSTU on packed histories, with a cut after every R-th event.
+class Stream(UserModel):
+    """PerSRec on packed histories, with a cut after every R-th event, over any backbone.
 
     In training and in ``encode`` all segments are read at once. An event that is kept beyond a cut
     is read twice, at the end of one segment and at the head of the next.
     """
 
-    def __init__(self, config: PerSRecConfig) -> None:
+    def __init__(self, config: StreamConfig, backbone: Backbone) -> None:
         super().__init__(config.num_items)
         self.config = config
-        self.reader = Reader(
-            config,
-            num_tokens=config.tokens,
-            columns=config.groups * config.tokens,
-            length=config.capacity + config.tokens,
-        )
+        self.reader = Reader(backbone, config.tokens)
 
     def initial_state(self, num_users: int) -> PerSRecState:
         """No events and no summaries."""
         config, start = self.config, self.reader.backbone.start
-        shape = (num_users, config.groups, config.tokens, config.layers, config.dim)
+        shape = (num_users, config.groups, config.tokens, config.layers, config.memory)
         whole = torch.zeros(num_users, dtype=torch.int64, device=start.device)
         times = whole[:, None].repeat(1, config.capacity)
         return PerSRecState(
@@ -451,7 +449,7 @@ class PerSRec(UserModel):
         items, times = events_at(
             state, events, owner, (place + folds[:, None] * config.segment)[there]
         )
-        by_group = (made.times.numel() // config.tokens, config.tokens, config.layers, config.dim)
+        by_group = (made.times.numel() // config.tokens, *state.keys.shape[2:])
         group_times = made.times.view(by_group[:2])[:, 0]
         return PerSRecState(
             newest_groups(state.keys, made.keys.view(by_group), folds),
@@ -462,6 +460,17 @@ class PerSRec(UserModel):
             torch.zeros_like(state.times).masked_scatter(there, times),
             filled,
         )
+
+
+class PerSRec(Stream):
+    """PerSRec on a stream, over HSTU."""
+
+    config: PerSRecConfig
+
+    def __init__(self, config: PerSRecConfig) -> None:
+        places = config.capacity + config.tokens
+        reach = config.groups * config.tokens + places
+        super().__init__(config, HSTUBackbone(config, reach=reach, places=places))
 
 
 def rows_of(lengths: Tensor) -> Tensor:

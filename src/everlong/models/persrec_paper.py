@@ -6,8 +6,8 @@ Where the cut stands depends on how many events there are: each further event mo
 summaries with it, so a summary that is not made anew grows old. ``persrec`` cuts where it never
 has to.
 
-State: summaries of the past, ``8 L K D + 8 K`` bytes, and the last p + r events from which they are
-made anew, ``12 (p + r) + 24``: 4 KB and 15 KB at L = 2, K = 4, D = 64, p = 1,024, r = 256.
+State: summaries of the past, ``8 L K M + 8 K`` bytes, and the last p + r events from which they are
+made anew, ``12 (p + r) + 24``: 4 KB and 15 KB at L = 2, K = 4, M = 64, p = 1,024, r = 256.
 
 Departures from the published code: relative biases, which count the columns that a query sees, so
 that tokens of several segments stand side by side; the divisor; no tokens for empty segments; the
@@ -27,13 +27,15 @@ from torch import Tensor
 from everlong import state as states
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel, shift
-from everlong.models.hstu import BackboneConfig, first_times, next_times
+from everlong.models.backbone import Backbone, BackboneConfig
+from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
 from everlong.models.persrec import Reader, Segments, Summaries, check_depth, rows_of, runs
+from everlong.models.ring import first_times, next_times
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperPerSRecConfig(BackboneConfig):
-    """Architecture of PerSRec as published.
+class PaperConfig(BackboneConfig):
+    """Architecture of PerSRec as published, over any backbone.
 
     Attributes:
         placement: ``(offset, k)`` in order: after the first ``offset`` events of the past stand k
@@ -84,12 +86,23 @@ class PaperPerSRecConfig(BackboneConfig):
         """Learned tokens K of all segments."""
         return sum(tokens for _, tokens in self.placement)
 
+    @property
+    def longest(self) -> int:
+        """Most events of a segment, and the tokens after it."""
+        most = max(tokens for _, tokens in self.placement)
+        return max(self.past, self.recent, self.max_gap) + most
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperPerSRecConfig(PaperConfig, HSTUBackboneConfig):
+    """Architecture of PerSRec as published, over HSTU."""
+
 
 class PaperPerSRecState(NamedTuple):
     """What the published PerSRec remembers of a user."""
 
-    keys: Tensor  # [B, K, L, D], the newest last
-    values: Tensor  # [B, K, L, D]
+    keys: Tensor  # [B, K, L, M], the newest last
+    values: Tensor  # [B, K, L, M]
     token_times: Tensor  # [B, K] int64, when the last event of each token's segment was
     tokens: Tensor  # [B] int64, how many of the last tokens there are
     items: Tensor  # [B, p + r] int32, the newest last
@@ -106,8 +119,8 @@ class Cuts(NamedTuple):
     recent: Tensor  # [B] first recent event; between the two is the gap
 
 
-class PaperPerSRec(UserModel):
-    """PerSRec over HSTU, as published.
+class Paper(UserModel):
+    """PerSRec as published, over any backbone.
 
     All events of a batch are predicted: recent ones from summaries and what is recent before them,
     those of the past from their own segment and the summaries of earlier ones. What is older than
@@ -123,19 +136,15 @@ class PaperPerSRec(UserModel):
         }
     )
 
-    def __init__(self, config: PaperPerSRecConfig) -> None:
+    def __init__(self, config: PaperConfig, backbone: Backbone) -> None:
         super().__init__(config.num_items)
         self.config = config
-        longest = max(config.past, config.recent, config.max_gap)
-        most = max(tokens for _, tokens in config.placement)
-        self.reader = Reader(
-            config, num_tokens=config.tokens, columns=config.tokens, length=longest + most
-        )
+        self.reader = Reader(backbone, config.tokens)
 
     def initial_state(self, num_users: int) -> PaperPerSRecState:
         """No events and no summaries."""
         config, start = self.config, self.reader.backbone.start
-        shape = (num_users, config.tokens, config.layers, config.dim)
+        shape = (num_users, config.tokens, config.layers, config.memory)
         whole = torch.zeros(num_users, dtype=torch.int64, device=start.device)
         times = whole[:, None].repeat(1, config.past + config.recent)
         return PaperPerSRecState(
@@ -332,6 +341,16 @@ class PaperPerSRec(UserModel):
             tokens=tokens,
             age=torch.zeros_like(state.age),
         )
+
+
+class PaperPerSRec(Paper):
+    """PerSRec as published, over HSTU."""
+
+    config: PaperPerSRecConfig
+
+    def __init__(self, config: PaperPerSRecConfig) -> None:
+        reach = config.tokens + config.longest
+        super().__init__(config, HSTUBackbone(config, reach=reach, places=config.longest))
 
 
 class Pieces(NamedTuple):

@@ -1,0 +1,120 @@
+"""What is common to the decoders that read histories: items in, layers, scoring by cosine.
+
+A layer is in two parts, so that keys and values can come from elsewhere: what it keeps of an event,
+and what a query makes of what is kept. HSTU (``hstu``) and a decoder of the Llama family
+(``decoder``) are layers of this kind; ``ring`` and ``persrec`` are ways of keeping.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from everlong.model import ItemHead
+from everlong.models.item_vectors import ItemConfig, ItemVectors
+from everlong.ops.dropout import Dropout
+from everlong.ops.pointwise_attention import Blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(ItemConfig):
+    """Architecture of a stack of layers.
+
+    Attributes:
+        heads: attention heads.
+        layers: blocks of attention.
+        dropout: on embeddings and on what leaves the attention of each layer.
+        temperature: scores are cosines divided by it.
+        learn_temperature: learn it from there, never below 0.01.
+    """
+
+    heads: int = 2
+    layers: int = 2
+    dropout: float = 0.2
+    temperature: float = 0.05
+    learn_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("heads", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, received {getattr(self, name)}")
+        if not self.temperature >= 0.01:
+            raise ValueError(f"expected temperature >= 0.01, received {self.temperature}")
+
+    @property
+    def memory(self) -> int:
+        """Width M of the keys, and of the values, that a layer keeps of an event."""
+        return self.dim
+
+
+class Sight(NamedTuple):
+    """Which keys each query sees, and when queries and keys are."""
+
+    plan: list[Blocks]
+    query_times: Tensor  # [N] int64
+    key_times: Tensor  # [M] int64
+
+
+class Layer(nn.Module, ABC):
+    """A layer of attention and whatever follows it, each with its residual."""
+
+    @abstractmethod
+    def remember(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[N, M]`` of events, from the input of the layer ``[N, D]``."""
+
+    @abstractmethod
+    def forward(self, values: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+        """The output ``[N, D]`` for inputs ``[N, D]`` that look at keys and values ``[K, M]``."""
+
+    @abstractmethod
+    def alone(self, values: Tensor) -> Tensor:
+        """The output for inputs ``[.., D]`` that see nothing."""
+
+
+class Backbone(nn.Module):
+    """Item vectors, layers and the scoring by cosine. A subclass adds the layers."""
+
+    layers: nn.ModuleList
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.items = ItemVectors(config)
+        self.start = nn.Parameter(torch.empty(config.dim))
+        for weight in self.items.parameters():
+            nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+        nn.init.trunc_normal_(self.start, std=0.02, a=-0.04, b=0.04)
+        self.dropout = Dropout(config.dropout)
+        # a bias by name, which weight decay spares
+        sharpness = torch.tensor(-math.log(config.temperature))
+        self.log_sharpness_bias = nn.Parameter(sharpness, requires_grad=config.learn_temperature)
+
+    def enter(self, vectors: Tensor, places: Tensor) -> Tensor:
+        """Inputs ``[N, D]`` of the first layer, from item vectors ``[N, D]`` at positions ``[N]``."""
+        entered: Tensor = self.dropout(vectors)
+        return entered
+
+    def finish(self, values: Tensor) -> Tensor:
+        """What scores are made of, from the output of the last layer ``[N, D]``."""
+        return values
+
+    def nobody(self) -> Tensor:
+        """The user vector ``[D]`` of users without events: the start vector, which sees nothing."""
+        vector: Tensor = self.user(self.layers[-1].alone(self.start))  # type: ignore[operator]
+        return vector
+
+    def user(self, values: Tensor) -> Tensor:
+        """User vectors ``[N, D]`` of length 1 / temperature, from the output of the last layer."""
+        sharpness = self.log_sharpness_bias.clamp(max=math.log(100.0)).exp()
+        return functional.normalize(self.finish(values), dim=-1) * sharpness
+
+    def item_head(self) -> ItemHead:
+        """Item vectors of length 1, without biases."""
+        weight = functional.normalize(self.items.table(), dim=-1)
+        return ItemHead(weight, weight.new_zeros(weight.shape[0]))

@@ -1,0 +1,42 @@
+"""PerSRec over HLLM: learned tokens compress a history that a decoder of item vectors reads.
+
+The stream of ``persrec`` and the cut of ``persrec_paper`` over the decoder of ``hllm``. Published:
+one segment, tokens from N(0, 1), and a cached form that is not the one-pass form, because cached
+tokens are given a bias of 1 and recent events do not see all of them; here the two are one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from everlong.models.decoder import Decoder, DecoderConfig
+from everlong.models.persrec import Stream, StreamConfig
+from everlong.models.persrec_paper import Paper, PaperConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerSRecHLLMConfig(StreamConfig, DecoderConfig):
+    """Architecture of PerSRec on a stream, over a decoder."""
+
+
+class PerSRecHLLM(Stream):
+    """PerSRec on a stream, over a decoder."""
+
+    config: PerSRecHLLMConfig
+
+    def __init__(self, config: PerSRecHLLMConfig) -> None:
+        super().__init__(config, Decoder(config))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperPerSRecHLLMConfig(PaperConfig, DecoderConfig):
+    """Architecture of PerSRec as published, over a decoder."""
+
+
+class PaperPerSRecHLLM(Paper):
+    """PerSRec as published, over a decoder."""
+
+    config: PaperPerSRecHLLMConfig
+
+    def __init__(self, config: PaperPerSRecHLLMConfig) -> None:
+        super().__init__(config, Decoder(config))

@@ -1,0 +1,146 @@
+"""Weights of a causal language model for the decoder that reads histories.
+
+Families whose layers are those of ``everlong.models.decoder``: Llama, Mistral and Qwen2. Sliding
+windows of such a model do not matter here: a window is the user model's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everlong.models.decoder import Decoder
+
+FAMILIES = ("llama", "mistral", "qwen2")
+
+PARTS: Mapping[str, str] = {
+    "input_layernorm.weight": "attention_norm.weight",
+    "self_attn.q_proj.weight": "query.weight",
+    "self_attn.q_proj.bias": "query.bias",
+    "self_attn.k_proj.weight": "key.weight",
+    "self_attn.k_proj.bias": "key.bias",
+    "self_attn.v_proj.weight": "value.weight",
+    "self_attn.v_proj.bias": "value.bias",
+    "self_attn.o_proj.weight": "leave.weight",
+    "post_attention_layernorm.weight": "inner_norm.weight",
+    "mlp.gate_proj.weight": "gate.weight",
+    "mlp.up_proj.weight": "widen.weight",
+    "mlp.down_proj.weight": "narrow.weight",
+}
+"""Names of ``transformers`` and of ours, within a layer."""
+
+
+def decoder_architecture(name: str | Path) -> dict[str, Any]:
+    """The settings of a decoder that has room for the weights of a model.
+
+    Args:
+        name: of a model of the Hugging Face hub, or a folder.
+
+    Raises:
+        ImportError: without the extra ``text``.
+        ValueError: if there is no such model, or its layers are of another kind.
+    """
+    config = _transformers().AutoConfig.from_pretrained
+    try:
+        found = config(str(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise _not_there(name, error) from error
+    if found.model_type not in FAMILIES:
+        raise ValueError(
+            f"{name}: expected a model of the families {', '.join(FAMILIES)}, received "
+            f"{found.model_type!r}"
+        )
+    if found.hidden_act != "silu" or getattr(found, "mlp_bias", False):
+        raise ValueError(
+            f"{name}: expected a feed-forward network gated by silu and without biases, received "
+            f"{found.hidden_act!r}"
+        )
+    heads = found.num_attention_heads
+    return {
+        "dim": found.hidden_size,
+        "layers": found.num_hidden_layers,
+        "heads": heads,
+        "kv_heads": found.num_key_value_heads,
+        "head_dim": getattr(found, "head_dim", None) or found.hidden_size // heads,
+        "inner": found.intermediate_size,
+        "attention_bias": found.model_type == "qwen2",
+        "norm_eps": found.rms_norm_eps,
+    }
+
+
+@torch.no_grad()
+def load_decoder(decoder: Decoder, name: str | Path) -> None:
+    """Copies the layers, the last norm and the rotary frequencies of a model.
+
+    Raises:
+        ImportError: without the extra ``text``.
+        ValueError: if there is no such model, or it does not fit the decoder.
+    """
+    try:
+        model = _transformers().AutoModel.from_pretrained(
+            str(name), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        raise _not_there(name, error) from error
+    weights: dict[str, Tensor] = dict(model.state_dict())
+    loaded = {"norm.weight": weights.pop("norm.weight")}
+    rest = []
+    for key, value in weights.items():
+        if key.startswith("layers."):
+            _, number, part = key.split(".", 2)
+            if part in PARTS:
+                loaded[f"layers.{number}.{PARTS[part]}"] = value
+            elif not (part.endswith("bias") and not value.any()):
+                rest.append(key)
+    if rest:
+        raise ValueError(
+            f"{name}: expected layers of the Llama family, received weights that have no place in "
+            f"them: {', '.join(rest[:3])}"
+        )
+    rotary = model.rotary_emb
+    if getattr(rotary, "attention_scaling", 1.0) != 1.0:
+        raise ValueError(
+            f"{name}: expected rotary positions without a scale of the attention, received "
+            f"{rotary.attention_scaling}"
+        )
+    number = len({key.split(".")[1] for key in loaded if key.startswith("layers.")})
+    loaded |= {f"layers.{n}.frequencies": rotary.inv_freq for n in range(number)}
+    own = decoder.state_dict()
+    unfit = [
+        key
+        for key, value in own.items()
+        if key.startswith(("layers.", "norm."))
+        and (key not in loaded or loaded[key].shape != value.shape)
+    ]
+    unfit += [key for key in loaded if key not in own]
+    if unfit:
+        raise ValueError(
+            f"{name} does not fit the decoder: expected {tuple(own[unfit[0]].shape)} "
+            if unfit[0] in own and unfit[0] in loaded
+            else f"{name} does not fit the decoder: "
+            + f"{unfit[0]} is on one side only; take the architecture of decoder_architecture"
+        )
+    for key, value in loaded.items():
+        own[key].copy_(value)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            'reading a language model takes transformers: pip install "everlong[text]"'
+        ) from error
+    return transformers
+
+
+def _not_there(name: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"no model {str(name)!r}: {error}. Expected a folder with config.json and safetensors, or "
+        "a name of the Hugging Face hub; files are kept under HF_HOME, and HF_HUB_OFFLINE=1 keeps "
+        "from looking elsewhere"
+    )
