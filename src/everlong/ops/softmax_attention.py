@@ -73,7 +73,10 @@ def reference_softmax_attention(
             first, stop, row = int(block.first[r, n]), int(block.stop[r, n]), block.queries[r, n]
             if stop <= first:
                 continue
-            columns, seen = torch.arange(first, stop, device=query.device), block.keys[r, first:stop]
+            columns, seen = (
+                torch.arange(first, stop, device=query.device),
+                block.keys[r, first:stop],
+            )
             keys = rotated(key[seen], columns, frequencies).repeat_interleave(share, dim=1)
             values = value[seen].repeat_interleave(share, dim=1)
             asked = rotated(query[row], torch.tensor(stop - 1, device=query.device), frequencies)
