@@ -46,9 +46,9 @@ def test_records_become_means_and_spreads(tables: ModuleType, tmp_path: Path) ->
 
 
 def test_a_table_replaces_the_one_between_the_markers(tables: ModuleType) -> None:
-    text = f"a\n<!-- results -->\nold\n<!-- /results -->\nb\n"
+    text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n"
     new = tables.insert(text, "new")
-    assert new == f"a\n<!-- results -->\nnew\n<!-- /results -->\nb\n"
+    assert new == "a\n<!-- results -->\nnew\n<!-- /results -->\nb\n"
     assert tables.insert(new, "new") == new
     with pytest.raises(ValueError, match="once each"):
         tables.insert("no markers", "new")

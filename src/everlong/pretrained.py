@@ -107,8 +107,8 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
             f"{name}: expected rotary positions without a scale of the attention, received "
             f"{rotary.attention_scaling}"
         )
-    number = len({key.split(".")[1] for key in loaded if key.startswith("layers.")})
-    loaded |= {f"layers.{n}.frequencies": rotary.inv_freq for n in range(number)}
+    numbers = {key.split(".")[1] for key in loaded if key.startswith("layers.")}
+    loaded |= {f"layers.{number}.frequencies": rotary.inv_freq for number in numbers}
     own = decoder.state_dict()
     unfit = [
         key
@@ -118,11 +118,12 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
     ]
     unfit += [key for key in loaded if key not in own]
     if unfit:
+        shapes = [
+            tuple(side[unfit[0]].shape) if unfit[0] in side else "none" for side in (own, loaded)
+        ]
         raise ValueError(
-            f"{name} does not fit the decoder: expected {tuple(own[unfit[0]].shape)} "
-            if unfit[0] in own and unfit[0] in loaded
-            else f"{name} does not fit the decoder: "
-            + f"{unfit[0]} is on one side only; take the architecture of decoder_architecture"
+            f"{name} does not fit the decoder: of {unfit[0]} expected {shapes[0]}, received "
+            f"{shapes[1]}; build the decoder from decoder_architecture"
         )
     for key, value in loaded.items():
         own[key].copy_(value)

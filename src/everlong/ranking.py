@@ -134,8 +134,8 @@ def evaluate_ranking(ranked: Ranked, *, k: int = 10) -> RankingEvaluation:
     ``AUC``; ``GAUC``, the mean AUC of users weighted by their labelled candidates (as LongCTR has
     it); ``GAUC@request``, the same of requests; ``NDCG@k`` with the labels as gains and ``MRR`` of
     the first positive, means over the requests of a user and then over users, of requests with
-    positives (0.5 or more) and negatives; ``LogLoss``; ``ECE``, the expected calibration error over ten bins of equal
-    size; ``Calibration``, the sum of predictions over that of labels.
+    positives (0.5 or more) and negatives; ``LogLoss``; ``ECE``, the expected calibration error over
+    ten bins of equal size; ``Calibration``, the sum of predictions over that of labels.
 
     Args:
         ranked: scored candidates.

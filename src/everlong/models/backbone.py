@@ -96,7 +96,7 @@ class Backbone(nn.Module):
         self.log_sharpness_bias = nn.Parameter(sharpness, requires_grad=config.learn_temperature)
 
     def enter(self, vectors: Tensor, places: Tensor) -> Tensor:
-        """Inputs ``[N, D]`` of the first layer, from item vectors ``[N, D]`` at positions ``[N]``."""
+        """Inputs ``[N, D]`` of the first layer, from item vectors ``[N, D]`` at places ``[N]``."""
         entered: Tensor = self.dropout(vectors)
         return entered
 

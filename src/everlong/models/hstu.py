@@ -124,7 +124,7 @@ class HSTUBackbone(Backbone):
         self.layers = nn.ModuleList(HSTULayer(config, reach) for _ in range(config.layers))
 
     def enter(self, vectors: Tensor, places: Tensor) -> Tensor:
-        """Inputs ``[N, D]`` of the first layer, from item vectors ``[N, D]`` at positions ``[N]``."""
+        """Inputs ``[N, D]`` of the first layer, from item vectors ``[N, D]`` at places ``[N]``."""
         values = vectors * self.scale
         if self.positions is not None:
             values = values + self.positions[places.clamp(max=self.positions.shape[0] - 1)]
