@@ -30,7 +30,7 @@ from everlong.config import Settings, unknown
 from everlong.dataset import Dataset, TrainBatch
 from everlong.encode import serving
 from everlong.interrupt import Interrupted, deferred_interrupt
-from everlong.losses import NegativeSampler, full_softmax, nce, sampled_softmax
+from everlong.losses import Negatives, NegativeSampler, full_softmax, nce, sampled_softmax
 from everlong.model import CountingModel, UserModel
 from everlong.progress import Progress
 from everlong.state import State
@@ -287,11 +287,16 @@ class NextItem:
         events = batch.events.to(self.device)
         if number == 0:
             return 0.0, 0
+        negatives = self.loss.draw()
+        self.prepare(events, negatives)
         with self.loss.compute():
             vectors = self.model(events, _first_states(self.model, batch, carried))
-        loss = self.loss(vectors, events.items, batch.labels.to(self.device)) * number
+        loss = self.loss(vectors, events.items, batch.labels.to(self.device), negatives) * number
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()), number
+
+    def prepare(self, events: Batch, negatives: Negatives | None) -> None:
+        """Called before a piece is read, with the items that its loss will be of."""
 
 
 class Run(Generic[B]):
@@ -494,14 +499,19 @@ class _NextItemLoss:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def __call__(self, vectors: Tensor, items: Tensor, labels: Tensor) -> Tensor:
+    def draw(self) -> Negatives | None:
+        """The negatives of a piece; None where all items are."""
+        return None if self.sampler is None else self.sampler.draw()
+
+    def __call__(
+        self, vectors: Tensor, items: Tensor, labels: Tensor, negatives: Negatives | None
+    ) -> Tensor:
         if not bool(labels.all()):
             vectors, items = vectors[labels], items[labels]
         head = self.model.item_head()
         vectors = vectors.to(head.weight.dtype)
-        if self.sampler is None:
+        if negatives is None:
             return full_softmax(vectors, head, items, dtype=self.dtype)
-        negatives = self.sampler.draw()
         if self.name == "nce":
             return nce(vectors, head, items, negatives.items, dtype=self.dtype)
         return sampled_softmax(vectors, head, items, negatives, dtype=self.dtype)
@@ -517,7 +527,8 @@ class _NextItemLoss:
             self.dtype = dtype
             # only negatives are drawn here, and from the CPU's generator
             with torch.random.fork_rng(devices=[]), torch.no_grad(), self.compute():
-                losses[dtype] = float(self(self.model(events), events.items, labels))
+                vectors = self.model(events)
+                losses[dtype] = float(self(vectors, events.items, labels, self.draw()))
         difference = abs(losses[narrow] - losses[torch.float32])
         self.dtype = narrow if difference <= 1e-2 * losses[torch.float32] else torch.float32
         log.info(
