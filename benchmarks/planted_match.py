@@ -45,7 +45,7 @@ READERS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def main(updates: int = 400, seeds: int = 1) -> None:
+def main(updates: int = 1_600, seeds: int = 1) -> None:
     """Trains and tests all readers at all lengths; what is done already is not done again."""
     path = RESULTS / "planted_match.json"
     record = json.loads(path.read_text()) if path.exists() else {"runs": []}
