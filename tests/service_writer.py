@@ -1,4 +1,4 @@
-"""A process that writes events to a shard until it is killed, telling each that was acknowledged."""
+"""A process that writes events to a shard until it is killed, telling what was acknowledged."""
 
 from __future__ import annotations
 

@@ -9,18 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from everlong.batch import Batch
 from everlong.encode import serving
-from everlong.service import shard as module
 from everlong.service.arena import Arena, added, chained
 from everlong.service.log import DamagedError, Event, EventLog, Stored
 from everlong.service.shard import FullError, Shard
@@ -182,7 +178,7 @@ def test_a_disk_that_refuses_is_told_and_nothing_is_acknowledged(
     with pytest.raises(OSError, match="cannot be written"):
         shard.submit(some_events(5, seed=1)).result()
     assert not shard.writable
-    assert shard.log.total.count == 5
+    assert shard.log.total.events == 5
     shard.log.connection.execute("PRAGMA query_only=OFF")
     assert all(r.new for r in shard.submit(some_events(5, seed=1)).result())
     assert shard.writable
@@ -193,11 +189,11 @@ def test_a_disk_that_refuses_is_told_and_nothing_is_acknowledged(
 def test_nothing_is_lost_doubled_or_reordered_by_kills(tmp_path: Path) -> None:
     acknowledged: dict[str, int] = {}
     draw = random.Random(0)
+    writer = Path(__file__).with_name("service_writer.py")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     for number in range(KILLS):
         process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("service_writer.py"))]
-            + [str(tmp_path), str(number)],
+            [sys.executable, str(writer), str(tmp_path), str(number)],
             stdout=subprocess.PIPE,
             text=True,
             env=environment,

@@ -88,7 +88,7 @@ class DamagedError(ValueError):
 class Total(NamedTuple):
     """What all rows come to: how many, the last offset ever given, and the sum of checksums."""
 
-    count: int = 0
+    events: int = 0
     last: int = 0
     sum: int = 0
 
@@ -215,7 +215,7 @@ class EventLog:
         )
         if added.rowcount == 1:
             total = self.total
-            self.total = Total(total.count + 1, offset, _plus(total.sum, checksum))
+            self.total = Total(total.events + 1, offset, _plus(total.sum, checksum))
             return Receipt(offset, True)
         found = run("SELECT offset FROM events WHERE event_key=?", (key,)).fetchone()
         return Receipt(found[0] if found else 0, False)
@@ -234,7 +234,7 @@ class EventLog:
                     "SELECT event_key, checksum FROM events WHERE user_id=?", (user_id,)
                 ).fetchall()
                 for key, checksum in rows:
-                    total = Total(total.count - 1, total.last, _plus(total.sum, checksum, -1))
+                    total = Total(total.events - 1, total.last, _plus(total.sum, checksum, -1))
                     run("INSERT OR IGNORE INTO erased VALUES (?)", (key,))
                 run("DELETE FROM events WHERE user_id=?", (user_id,))
                 run("DELETE FROM states WHERE user_id=?", (user_id,))
@@ -289,9 +289,9 @@ class EventLog:
             raise DamagedError(
                 f"{self.path} is damaged: {error}; restore it from a copy"
             ) from error
-        if (count, total) != (self.total.count, self.total.sum):
+        if (count, total) != (self.total.events, self.total.sum):
             raise DamagedError(
-                f"{self.path}: expected {self.total.count} events as they were written, found "
+                f"{self.path}: expected {self.total.events} events as they were written, found "
                 f"{count} that come to another sum; restore it from a copy"
             )
         return count
