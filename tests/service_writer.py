@@ -26,12 +26,20 @@ def arena() -> Arena:
     return Arena(model, IdMap.from_values(list(range(ITEMS))), b"0123456789abcdef")
 
 
+def opened(path: Path, capacity: int = 10_000) -> Shard:
+    """A shard with its states."""
+    shard, states = Shard(path, capacity=capacity), arena()
+    shard.restore(states).result()
+    shard.add(states).result()
+    return shard
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, seed = Path(sys.argv[1]), int(sys.argv[2])
     # checkpoints come again and again, so that kills fall into them
     module.CHECKPOINT_S = 0.02
-    shard, draw = Shard(folder / "shard.sqlite", arena()), random.Random(seed)
+    shard, draw = opened(folder / "shard.sqlite"), random.Random(seed)
     print("ready", flush=True)
     sent: list[Event] = []
     began = time.monotonic()

@@ -20,7 +20,7 @@ from everlong.encode import serving
 from everlong.service.arena import Arena, added, chained
 from everlong.service.log import DamagedError, Event, EventLog, Stored
 from everlong.service.shard import FullError, Shard
-from service_writer import ITEMS, arena
+from service_writer import ITEMS, opened
 
 KILLS = int(os.environ.get("EVERLONG_KILLS", "8"))
 """How often the writer is killed; the long form is 200."""
@@ -28,9 +28,14 @@ KILLS = int(os.environ.get("EVERLONG_KILLS", "8"))
 
 @pytest.fixture
 def shard(tmp_path: Path) -> Iterator[Shard]:
-    opened = Shard(tmp_path / "shard.sqlite", arena())
-    yield opened
-    opened.close()
+    found = opened(tmp_path / "shard.sqlite")
+    yield found
+    found.close()
+
+
+def arena_of(shard: Shard) -> Arena:
+    (found,) = shard.arenas.values()
+    return found
 
 
 def some_events(count: int, *, users: int = 5, seed: int = 0) -> list[Event]:
@@ -75,25 +80,25 @@ def test_an_event_is_applied_once(shard: Shard) -> None:
     assert [r.offset for r in again] == list(range(11, 21))
     assert not any(r.new for r in again)
     assert shard.applied.events == 40
-    check_against_log(shard.arena, shard.log)
+    check_against_log(arena_of(shard), shard.log)
 
 
 def test_a_restart_goes_on_where_it_stood(tmp_path: Path) -> None:
     path = tmp_path / "shard.sqlite"
     for seed in range(3):
-        shard = Shard(path, arena())
+        shard = opened(path)
         shard.submit(some_events(30, seed=seed)).result()
         shard.close()
-    shard = Shard(path, arena())
+    shard = opened(path)
     # nothing had to be replayed: the states were written on the way out
     assert shard.applied.events == 0
-    check_against_log(shard.arena, shard.log)
+    check_against_log(arena_of(shard), shard.log)
     shard.close()
 
 
 def test_damaged_states_are_rebuilt_and_a_damaged_log_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shard.sqlite"
-    shard = Shard(path, arena())
+    shard = opened(path)
     shard.submit(some_events(60)).result()
     shard.close()
     connection = sqlite3.connect(path)
@@ -102,8 +107,8 @@ def test_damaged_states_are_rebuilt_and_a_damaged_log_is_refused(tmp_path: Path)
     spoiled[70] ^= 1
     connection.execute("UPDATE states SET record=? WHERE user_id=2", (bytes(spoiled),))
     connection.commit()
-    shard = Shard(path, arena())
-    check_against_log(shard.arena, shard.log)
+    shard = opened(path)
+    check_against_log(arena_of(shard), shard.log)
     shard.close()
     connection.execute("UPDATE events SET item_id=item_id+1 WHERE offset=7")
     connection.commit()
@@ -121,26 +126,26 @@ def test_an_erased_user_is_gone_and_late_deliveries_do_not_bring_them_back(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "shard.sqlite"
-    shard = Shard(path, arena())
+    shard = opened(path)
     events = [Event(f"e{n}", f"somebody-{n % 3}", n % ITEMS, 10**9 + n) for n in range(60)]
     shard.submit(events).result()
     assert shard.erase("somebody-1").result() == 20
-    assert shard.arena.standing("somebody-1") is None
+    assert arena_of(shard).standing("somebody-1") is None
     assert not any(r.new for r in shard.submit(events[1:2]).result())
-    assert shard.arena.standing("somebody-1") is None
+    assert arena_of(shard).standing("somebody-1") is None
     shard.log.verify()
     shard.close()
     for file in tmp_path.iterdir():
         assert b"somebody-1" not in file.read_bytes()
     # a user who comes back is a new one
-    shard = Shard(path, arena())
+    shard = opened(path)
     shard.submit([Event("later", "somebody-1", 3, 2 * 10**9)]).result()
-    check_against_log(shard.arena, shard.log)
+    check_against_log(arena_of(shard), shard.log)
     shard.close()
 
 
 def test_a_full_queue_refuses(tmp_path: Path) -> None:
-    shard = Shard(tmp_path / "shard.sqlite", arena(), capacity=10)
+    shard = opened(tmp_path / "shard.sqlite", capacity=10)
     with pytest.raises(FullError, match="at most 10"):
         shard.submit(some_events(11))
     shard.submit(some_events(10)).result()
@@ -153,9 +158,9 @@ def test_readers_never_see_half_a_state(shard: Shard, monkeypatch: pytest.Monkey
 
     def look() -> None:
         while not stop.is_set():
-            before = shard.arena.standing(0)
-            state = shard.arena.read([0])
-            after = shard.arena.standing(0)
+            before = arena_of(shard).standing(0)
+            state = arena_of(shard).read([0])
+            after = arena_of(shard).standing(0)
             if before == after and not bool(torch.isfinite(state.user).all()):
                 broken.append(state)
 
@@ -166,13 +171,13 @@ def test_readers_never_see_half_a_state(shard: Shard, monkeypatch: pytest.Monkey
     stop.set()
     reader.join()
     assert not broken
-    check_against_log(shard.arena, shard.log)
+    check_against_log(arena_of(shard), shard.log)
 
 
 def test_a_disk_that_refuses_is_told_and_nothing_is_acknowledged(
     tmp_path: Path,
 ) -> None:
-    shard = Shard(tmp_path / "shard.sqlite", arena())
+    shard = opened(tmp_path / "shard.sqlite")
     shard.submit(some_events(5)).result()
     shard.log.connection.execute("PRAGMA query_only=ON")
     with pytest.raises(OSError, match="cannot be written"):
@@ -182,7 +187,7 @@ def test_a_disk_that_refuses_is_told_and_nothing_is_acknowledged(
     shard.log.connection.execute("PRAGMA query_only=OFF")
     assert all(r.new for r in shard.submit(some_events(5, seed=1)).result())
     assert shard.writable
-    check_against_log(shard.arena, shard.log)
+    check_against_log(arena_of(shard), shard.log)
     shard.close()
 
 
@@ -209,10 +214,10 @@ def test_nothing_is_lost_doubled_or_reordered_by_kills(tmp_path: Path) -> None:
                 assert acknowledged.setdefault(name, int(offset)) == int(offset)
         process.wait()
         process.stdout.close()
-    shard = Shard(tmp_path / "shard.sqlite", arena())
+    shard = opened(tmp_path / "shard.sqlite")
     log = shard.log
     assert log.verify() >= len(acknowledged) > KILLS
     offset_of = {event.event_key: event.offset for event in log.after(0, 1_000_000)}
     assert {name: offset_of.get(log.key_of(name)) for name in acknowledged} == acknowledged
-    check_against_log(shard.arena, log)
+    check_against_log(arena_of(shard), log)
     shard.close()

@@ -73,6 +73,9 @@ class Arena:
 
     def __init__(self, model: UserModel, item_ids: IdMap, digest: bytes) -> None:
         self.model, self.item_ids, self.digest = model, item_ids, digest
+        self.name = digest.hex()
+        self.offset = 0
+        """Every event of the log up to here is in the states; kept by whoever applies them."""
         with serving(model):
             self._initial = states.detach(model.initial_state(1))
         self._rows: dict[Id, int] = {}

@@ -38,7 +38,7 @@ CREATE TABLE events (
     fields TEXT NOT NULL,
     checksum BLOB NOT NULL
 );
-CREATE INDEX events_of_user ON events (user_id, offset);
+CREATE INDEX events_of_user ON events (user_id, offset, item_id);
 CREATE TABLE erased (event_key BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE states (
     model TEXT NOT NULL,
