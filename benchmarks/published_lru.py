@@ -23,7 +23,7 @@ class PublishedLRU(nn.Module):
         super().__init__()
         config = model.config
         self.embedding = nn.Parameter(
-            torch.cat([model.start.detach()[None], model.items.weight.detach()])
+            torch.cat([model.start.detach()[None], model.items.table().detach()])
         )
         self.bias = nn.Parameter(model.item_bias.detach().clone())
         self.norm = nn.LayerNorm(config.dim)

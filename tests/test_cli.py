@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from typer.testing import CliRunner, Result
@@ -86,6 +87,25 @@ def test_evaluate_repeats_what_fit_measured(fitted: Path, log: Path, tmp_path: P
     assert record["metrics"] == stored["metrics"]
     assert record["protocol"]["name"] == "paper"
     assert run("evaluate", fitted, log, "--part", "validation").exit_code == 0
+
+
+def test_fit_takes_vectors_of_items(log: Path, tmp_path: Path) -> None:
+    out, items = tmp_path / "model", tmp_path / "items.parquet"
+    ids = pl.read_parquet(log)["item_id"].unique(maintain_order=True)
+    random = np.random.default_rng(0)
+    columns = {name: random.normal(size=(len(ids), n)).tolist() for name, n in (("a", 2), ("b", 3))}
+    pl.DataFrame({"item_id": ids, **columns}).write_parquet(items)
+    fit = ("fit", log, "--out", out, "--protocol", "paper", "--train", "epochs=1", *SMALL)
+    result = run(*fit, "--items", items, "--vectors", "b", "--vectors", "a", "--set", "ids=false")
+    assert result.exit_code == 0, result.stderr
+    config = everlong.load(out).model.config
+    assert (config.vectors, config.ids) == (5, False)
+    assert everlong.load(out).origin.data["item_vectors"] == {"a": 2, "b": 3}
+
+    assert "--items and --vectors go together" in refused(*fit, "--items", items)
+    assert "--items and --vectors go together" in refused(*fit, "--vectors", "a")
+    assert "no file at" in refused(*fit, "--items", tmp_path / "none", "--vectors", "a")
+    assert "no column 'c'" in refused(*fit, "--items", items, "--vectors", "c")
 
 
 def test_recommend_prints_the_users_own_ids(fitted: Path, tmp_path: Path) -> None:

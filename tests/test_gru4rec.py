@@ -26,7 +26,7 @@ def by_hand(model: GRU4Rec, history: list[int]) -> list[Tensor]:
     hidden = [torch.zeros(model.config.hidden, dtype=torch.float64) for _ in range(2)]
     outputs = []
     for item in history:
-        value = model.items.weight[item]
+        value = model.items.table()[item]
         for layer in range(model.config.layers):
             w_in, w_hidden, b_in, b_hidden = model.recurrence.all_weights[layer]
             from_input = (w_in @ value + b_in).chunk(3)

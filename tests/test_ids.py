@@ -122,12 +122,43 @@ def test_equality_and_fingerprint_tell_maps_apart():
     assert maps[0] != "a"
 
 
+@EXAMPLES
+@given(st.lists(st.integers(-50, 50), unique=True), st.lists(st.integers(-60, 60), unique=True))
+def test_an_extended_map_keeps_its_rows(tmp_path_factory, known, more):
+    ids = IdMap.from_values(known)
+    new = [value for value in more if value not in known]
+    longer = ids.extended(new)
+    expected = [*sorted(known), *new]
+    assert longer.ids(range(len(longer))).to_list() == expected
+    assert longer.rows(expected).tolist() == list(range(len(expected)))
+    assert longer.rows(known).tolist() == ids.rows(known).tolist()
+    assert longer.rows([100, None]).tolist() == [-1, -1]
+    path = tmp_path_factory.mktemp("ids") / "ids.parquet"
+    longer.write(path)
+    assert IdMap.read(path) == longer
+    assert longer.extended([]) == longer
+    if new:
+        assert longer.fingerprint != ids.fingerprint
+        with pytest.raises(ValueError, match="repeats"):
+            longer.extended(new[:1])
+
+
+def test_new_ids_are_of_the_type_of_the_map():
+    ids = IdMap.from_values(np.int32([3, 4]))
+    assert ids.extended(np.int64([2])).dtype == pl.Int32
+    for values in ([2**40], [2, None]):
+        with pytest.raises(ValueError, match="ids of this log are Int32: 1 of"):
+            ids.extended(values)
+    with pytest.raises(ValueError, match="ids of this log are Int32, received String"):
+        ids.extended(["2"])
+
+
 def test_a_file_that_is_no_map_is_refused(tmp_path):
     path = tmp_path / "ids.parquet"
     for frame in (
         pl.DataFrame({"other": [1]}),
-        pl.DataFrame({"id": [2, 1]}),
         pl.DataFrame({"id": [1, 1]}),
+        pl.DataFrame({"id": [2, 1, 2]}),
         pl.DataFrame({"id": [1, None]}),
     ):
         frame.write_parquet(path)

@@ -132,3 +132,18 @@ def test_bad_tables_are_refused_in_words(frame, options, message):
 def test_rows_of_unwanted_items_may_repeat():
     extra = FRAME.filter(pl.col("item_id") == 99)
     assert read_items(pl.concat([FRAME, extra]), ITEMS).rows_ignored == 2
+
+
+def test_vectors_are_joined_by_name_in_the_rows_of_a_catalogue() -> None:
+    frame = pl.DataFrame({"item_id": [5, 1, 3], "b": [[5.0], [1.0], None], "a": [[0.0, 5.0]] * 3})
+    table = read_items(frame, IdMap.from_values([1, 3, 5, 7]), vectors=["b", "a"])
+    assert table.vector_widths == {"a": 2, "b": 1}
+    catalogue = IdMap.from_values([5, 9]).extended([3, 1])
+    joined = table.joined_vectors(catalogue)
+    assert joined.dtype == np.float32
+    assert joined.tolist() == [[0, 5, 5], [0, 0, 0], [0, 5, 0], [0, 5, 1]]
+    nobody = read_items(frame.head(0), IdMap.from_values(np.int64([])), vectors=[])
+    with pytest.raises(ValueError, match="expected items with vectors, received none"):
+        nobody.joined_vectors(catalogue)
+    with pytest.raises(ValueError, match="ids of this log are Int64, received String"):
+        table.joined_vectors(IdMap.from_values(["5"]))

@@ -140,7 +140,7 @@ def test_the_model_follows_its_equations(dtype: torch.dtype, tolerance: float) -
     batch = Batch.from_histories(HISTORIES)
     vectors, (_, state) = model(batch), model.encode(batch)
     scores = model.read(vectors).detach().double()
-    table, bias = exact.items.weight.detach().numpy(), exact.item_bias.detach().numpy()
+    table, bias = exact.items.table().detach().numpy(), exact.item_bias.detach().numpy()
     (first,) = naive(exact, [exact.start.detach().numpy()])
     expected = []
     for user, history in enumerate(HISTORIES):
@@ -200,7 +200,7 @@ def test_loss_and_gradients_are_those_of_the_published_form(
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
 
     close(ours.start.grad, theirs.embedding.grad[0])
-    close(ours.items.weight.grad, theirs.embedding.grad[1:])
+    close(ours.items.ids.weight.grad, theirs.embedding.grad[1:])
     close(ours.item_bias.grad, theirs.bias.grad)
     close(ours.norm.weight.grad, theirs.norm.weight.grad)
     for mine, other in zip(ours.blocks, theirs.blocks, strict=True):

@@ -4,11 +4,13 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 
 import everlong
+from everlong.ids import IdMap
 from everlong.sources import demo_log, long_dependency
 
 ARCHITECTURE = {"dim": 8, "channels": 8, "layers": 1}
@@ -167,3 +169,68 @@ def test_sampled_softmax_and_long_histories_learn(tmp_path: Path) -> None:
     )
     assert second < first
     assert found.recommend([0], k=3, filter_seen=False).height == 3
+
+
+def items_of(frame: pl.DataFrame, width: int = 3) -> everlong.ItemTable:
+    """Random vectors of the items of a log, in an order of their own and with one more."""
+    ids = [*frame["item_id"].unique().sort(descending=True), "brand-new"]
+    vectors = np.random.default_rng(0).normal(size=(len(ids), width)).tolist()
+    columns = {"item_id": ids, "text": vectors, "genre": ["x"] * len(ids)}
+    item_ids = IdMap.in_order(ids)
+    return everlong.read_items(
+        pl.DataFrame(columns), item_ids, vectors=["text"], categorical=["genre"]
+    )
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_items_are_aligned_by_their_ids(frame: pl.DataFrame, tmp_path: Path, ids: bool) -> None:
+    items = items_of(frame)
+    found = fit(frame, items=items, architecture={**ARCHITECTURE, "ids": ids})
+    assert found.model.config.vectors == 3
+    assert found.origin.data["item_vectors"] == {"text": 3}
+    inside = found.model.items
+    assert (inside.ids is not None) == ids
+    expected = items.joined_vectors(found.item_ids)
+    restored = inside.vectors * inside.length + inside.center
+    np.testing.assert_allclose(restored, expected, atol=1e-5)
+    for item in ("evening", found.item_ids.ids([3])[0]):
+        row, place = found.item_ids.rows([item])[0], items.item_ids.rows([item])[0]
+        np.testing.assert_allclose(restored[row], items.vectors["text"][place], atol=1e-5)
+
+    found.save(tmp_path / "model")
+    loaded = everlong.load(tmp_path / "model")
+    users = list(range(30))
+    assert loaded.recommend(users, k=5).equals(found.recommend(users, k=5))
+    assert loaded.origin.data == found.origin.data
+
+
+def test_items_without_a_vector_are_counted(
+    frame: pl.DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = items_of(frame.filter(pl.col("item_id") != "evening"))
+    with caplog.at_level(logging.WARNING):
+        found = fit(frame, items=some, architecture={**ARCHITECTURE, "ids": False})
+    assert f"1 of {len(found.item_ids)} items have no vector" in caplog.text
+    row = found.item_ids.rows(["evening"])[0]
+    assert not found.model.items.vectors[row].any()
+    strangers = items_of(frame.head(0))
+    with pytest.raises(ValueError, match="received some for none of them"):
+        fit(frame, items=strangers)
+
+
+def test_models_of_ids_alone_leave_vectors_alone(
+    frame: pl.DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        found = fit(frame, model="popularity", architecture={}, items=items_of(frame))
+    assert "model popularity knows items by their ids" in caplog.text
+    assert "item_vectors" not in found.origin.data
+
+
+def test_vectors_and_architecture_must_fit(frame: pl.DataFrame) -> None:
+    with pytest.raises(ValueError, match="pass items=, and leave vectors out"):
+        fit(frame, architecture={**ARCHITECTURE, "vectors": 3})
+    with pytest.raises(ValueError, match="set vectors= in the architecture to the width"):
+        fit(frame, architecture={**ARCHITECTURE, "vectors": 4}, items=items_of(frame))
+    with pytest.raises(ValueError, match="expected vectors >= 1 where ids=False"):
+        fit(frame, architecture={**ARCHITECTURE, "ids": False})

@@ -13,6 +13,7 @@ import everlong
 from everlong import state as states
 from everlong.batch import Batch
 from everlong.events import read_events
+from everlong.ids import IdMap
 from everlong.recommender import Recommender, read_into, to_catalogue
 
 ARCHITECTURE = {"dim": 8, "channels": 8, "layers": 1}
@@ -356,6 +357,71 @@ def test_a_device_that_does_not_exist_is_refused_at_once(fitted: Path, device: s
 
 def test_every_public_name_can_be_imported() -> None:
     assert {name for name in everlong.__all__ if getattr(everlong, name, None) is None} == set()
+
+
+def items_of(ids: list[str], width: int = 3) -> everlong.ItemTable:
+    """A vector for each item that depends on the id alone; none for ``i99``."""
+    vectors = [
+        np.random.default_rng(int(name[1:])).normal(size=width) * (name != "i99") for name in ids
+    ]
+    frame = pl.DataFrame({"item_id": ids, "text": [vector.tolist() for vector in vectors]})
+    return everlong.read_items(frame, IdMap.from_values(ids), vectors=["text"])
+
+
+@pytest.fixture(scope="module")
+def fitted_with_vectors(frame: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    items = items_of(frame["item_id"].unique().to_list())
+    settings = {"architecture": ARCHITECTURE, "training": TRAINING, "protocol": "paper"}
+    folder = tmp_path_factory.mktemp("with_vectors") / "model"
+    everlong.fit(frame, "lru", items=items, **settings).save(folder)  # type: ignore[arg-type]
+    return folder
+
+
+def test_added_items_are_recommended_and_read(
+    fitted_with_vectors: Path, frame: pl.DataFrame, tmp_path: Path
+) -> None:
+    recommender = everlong.load(fitted_with_vectors)
+    users, num_items = frame["user_id"].unique().sort(), len(recommender.item_ids)
+    before = recommender.recommend(users, k=100)
+    # ids that come before, between and after those of the log, and one without a vector
+    new = ["i000", "i16", "i011"]
+    assert recommender.add_items(items_of([*new, "i03", "i99"])) == 3
+    assert recommender.add_items(items_of([*new, "i03", "i99"])) == 0
+    assert len(recommender.item_ids) == recommender.model.num_items == num_items + 3
+    after = recommender.recommend(users, k=100)
+    assert set(after["item_id"]) == set(before["item_id"]) | set(new)
+    # what users have seen, and what they like of it, is as before
+    old = after.filter(~pl.col("item_id").is_in(new))
+    assert old.select("user_id", "item_id").equals(before.select("user_id", "item_id"))
+    np.testing.assert_allclose(old["score"], before["score"], atol=1e-5)
+
+    report = recommender.update(new_events(["u01", "u02", "guest"], ["i16", "i99", "i000"]))
+    assert (report.events, report.unknown_items) == (2, 1)
+    found = recommender.recommend(["u01", "guest"], k=100)
+    assert "i16" not in found.filter(user_id="u01")["item_id"]
+    assert "i000" not in found.filter(user_id="guest")["item_id"]
+    assert recommender.similar_items(["i16"], k=3).height == 3
+
+    recommender.save(tmp_path / "model")
+    loaded = everlong.load(tmp_path / "model")
+    assert loaded.item_ids == recommender.item_ids
+    assert loaded.recommend(["u01", "guest"], k=100).equals(found)
+    assert loaded.add_items(items_of(["i17"])) == 1
+
+
+def test_items_that_cannot_be_added_are_refused(
+    recommender: Recommender, fitted_with_vectors: Path
+) -> None:
+    with pytest.raises(ValueError, match="knows items by their ids alone; fit one with vectors"):
+        recommender.add_items(items_of(["i16"]))
+    other = everlong.load(fitted_with_vectors)
+    with pytest.raises(ValueError, match=r"columns {'text': 3}, as in training, received {'text':"):
+        other.add_items(items_of(["i16"], width=4))
+    numbers = pl.DataFrame({"item_id": [16], "text": [[1.0, 2.0, 3.0]]})
+    table = everlong.read_items(numbers, IdMap.from_values([16]), vectors=["text"])
+    with pytest.raises(ValueError, match="ids of this log are String"):
+        other.add_items(table)
+    assert other.model.num_items == len(other.item_ids)
 
 
 @pytest.mark.parametrize("setting", ["dim", "channels", "layers"])

@@ -35,7 +35,7 @@ def by_hand(model: SASRec, window: list[int]) -> Tensor:
     """The output after the last event of a window, from the equations, one event at a time."""
     config, values = model.config, []
     for position, item in enumerate(window):
-        embedded = model.items.weight[item] * math.sqrt(config.dim)
+        embedded = model.items.table()[item] * math.sqrt(config.dim)
         values.append(embedded + model.positions.weight[position])
     for block in model.blocks:
         entered = [block.enter(block.attention_norm(v)).chunk(3) for v in values]

@@ -162,7 +162,7 @@ def test_equal_seeds_give_equal_bits_and_others_do_not() -> None:
 
     first = run(1)
     assert same(first, run(1))
-    assert not torch.equal(first[0]["items.weight"], run(2)[0]["items.weight"])
+    assert not torch.equal(first[0]["items.ids.weight"], run(2)[0]["items.ids.weight"])
 
 
 def test_the_random_numbers_of_the_caller_go_on() -> None:
@@ -384,10 +384,10 @@ def test_weight_decay_spares_biases_norms_and_the_recurrence() -> None:
 
     parts = ("enter", "leave", "widen", "narrow")
     blocks = {f"blocks.0.{part}.weight" for part in parts}
-    assert decayed(settings()) == blocks | {"items.weight", "start"}
+    assert decayed(settings()) == blocks | {"items.ids.weight", "start"}
     recurrence = {f"blocks.0.recurrence.{part}_log" for part in ("nu", "theta", "gamma")}
     assert decayed(settings(decay_recurrence=True)) == blocks | recurrence | {
-        "items.weight",
+        "items.ids.weight",
         "start",
     }
     assert decayed(settings(weight_decay=0.0)) == set()
@@ -447,10 +447,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_parameters_change(value: flo
     model = lru()
     with torch.no_grad():
         model.item_bias[3] = value
-    before = model.items.weight.detach().clone()
+    before = model.items.ids.weight.detach().clone()
     with pytest.raises(ValueError, match=r"epoch 1, batch 1.*lower lr or use precision float32"):
         train(model, dataset_of(), settings())
-    assert torch.equal(model.items.weight, before)
+    assert torch.equal(model.items.ids.weight, before)
 
 
 def test_gradients_left_behind_do_not_count() -> None:
@@ -576,7 +576,7 @@ def test_the_size_of_the_catalogue_chooses_the_loss() -> None:
     def run(**changes: Any) -> Tensor:
         model = lru()
         train(model, dataset_of(), settings(epochs=1, negatives=4, **changes))
-        return model.items.weight.detach()
+        return model.items.ids.weight.detach()
 
     full, sampled = run(loss="full"), run(loss="sampled")
     assert not torch.equal(full, sampled)

@@ -10,6 +10,7 @@ import torch
 
 import everlong
 from everlong.events import read_events
+from everlong.ids import IdMap
 from everlong.sources.synthetic import exposures
 from everlong.state import field_names
 from everlong.two_stage import TwoStage
@@ -127,3 +128,32 @@ def test_bad_input_is_named(
         everlong.fit(events, "ifa")
     with pytest.raises(ValueError, match="windows"):
         everlong.fit_ranker(retriever, events, architecture={"windows": 3})
+
+
+def test_a_retriever_may_know_items_by_their_vectors(log: pl.DataFrame, tmp_path: Path) -> None:
+    def items(first: int, count: int) -> everlong.ItemTable:
+        ids = np.arange(first, first + count)
+        vectors = np.random.default_rng(abs(first)).normal(size=(count, 3)).tolist()
+        frame = pl.DataFrame({"item_id": ids, "text": vectors})
+        return everlong.read_items(frame, IdMap.from_values(ids), vectors=["text"])
+
+    events = read_events(log, fields=FIELDS, time_unit="s")
+    retriever = everlong.fit(
+        events,
+        "lru",
+        items=items(0, 40),
+        architecture={"dim": 16, "channels": 8, "layers": 1, "ids": False},
+        training={"epochs": 1},
+    )
+    # one that comes before those of the log
+    assert retriever.add_items(items(-1, 1)) == 1
+    found = everlong.fit_ranker(
+        retriever, events, architecture=SHAPE, training={"epochs": 1}, candidates=12
+    )
+    found.save(tmp_path / "model")
+    loaded = everlong.load(tmp_path / "model")
+    asked = {"users": [3, 5], "k": 50, "filter_seen": False, "at": 1_700_000_000}
+    assert loaded.recommend(**asked).equals(found.recommend(**asked))  # type: ignore[arg-type]
+    assert -1 in found.recommend(**asked)["item_id"]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="add the items before fit_ranker"):
+        found.add_items(items(50, 1))

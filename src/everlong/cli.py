@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -23,6 +23,8 @@ from everlong import __version__
 
 if TYPE_CHECKING:
     from everlong.events import Events
+    from everlong.ids import IdMap
+    from everlong.items import ItemTable
     from everlong.recommender import Recommender
 
 MISTAKE, INTERRUPTED, FAULT = 2, 130, 1
@@ -153,6 +155,14 @@ def fit(
     split: Annotated[
         list[str] | None, typer.Option("--split", help="Setting of the protocol: window=50.")
     ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(help="What items have besides ids: a .parquet file with a row for each."),
+    ] = None,
+    vectors: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of item vectors in --items; may be repeated."),
+    ] = None,
     user_id: UserColumn = "user_id",
     item_id: ItemColumn = "item_id",
     timestamp: TimeColumn = "timestamp",
@@ -182,6 +192,7 @@ def fit(
             baselines=baselines,
         ),
         lambda: _open(log, user_id, item_id, timestamp, ties.value, seed),
+        _item_reader(items, item_id, vectors or []),
         say=typer.echo,
     )
 
@@ -363,6 +374,32 @@ def _open(
         ties=ties,
         seed=seed,
     )
+
+
+def _item_reader(
+    path: Path | None, item_id: str, vectors: Sequence[str]
+) -> Callable[[IdMap], ItemTable] | None:
+    """What reads the vectors of the items of a log; None if there are none.
+
+    Raises:
+        ValueError: if there are items without vectors, vectors without items, or no such file.
+    """
+    if path is None and not vectors:
+        return None
+    if path is None or not vectors:
+        raise ValueError(
+            "--items and --vectors go together: expected a file and the names of its vector "
+            f"columns, received --items {path}, --vectors {', '.join(vectors) or None}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}")
+
+    def read(item_ids: IdMap) -> ItemTable:
+        from everlong.items import read_items
+
+        return read_items(path, item_ids, item_id=item_id, vectors=vectors)
+
+    return read
 
 
 def _load(folder: Path, device: str) -> Recommender:

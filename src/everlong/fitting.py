@@ -13,7 +13,9 @@ from everlong.checkpoint import LOG, Checkpoint
 from everlong.config import load_settings
 from everlong.events import Events
 from everlong.folder import check_target
+from everlong.ids import IdMap
 from everlong.interrupt import Interrupted
+from everlong.items import ItemTable
 from everlong.models import load_model_class
 from everlong.pipeline import choose_protocol, fit
 from everlong.plots import plot_learning_curve, plot_quality
@@ -61,13 +63,18 @@ class FitPlan:
 
 
 def run_fit(
-    plan: FitPlan, open_log: Callable[[], Events], *, say: Callable[[str], None]
+    plan: FitPlan,
+    open_log: Callable[[], Events],
+    read_table: Callable[[IdMap], ItemTable] | None = None,
+    *,
+    say: Callable[[str], None],
 ) -> Recommender:
     """The recommender, fitted and saved, with its results told to ``say``.
 
     Args:
         plan: what to do.
         open_log: reads the log; called after everything that can be checked without it.
+        read_table: reads what is known of the items of the log, if anything is.
         say: takes lines for the user.
 
     Raises:
@@ -86,6 +93,7 @@ def run_fit(
         recommender = fit(
             events,
             plan.model,
+            items=None if read_table is None else read_table(events.item_ids),
             architecture=plan.architecture,
             training=config,
             protocol=protocol,

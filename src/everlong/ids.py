@@ -18,13 +18,17 @@ Ids = pl.Series | np.ndarray | Sequence[object]
 class IdMap:
     """External ids <-> rows 0 .. n-1; the rows follow the sorted order of the ids.
 
+    Ids that come later (``extended``) have the rows after those, so that no row ever changes.
+
     Ids are integers, strings, dates, times or floats, all of one type, without nulls. Categories
     are kept as strings. Whole floats are kept as integers, because they are what data frames make
     of an integer column with holes.
     """
 
     def __init__(self, ids: pl.Series) -> None:
-        """Takes ids that are sorted and unique already; see ``from_values`` for any others.
+        """Takes ids that are sorted and unique already.
+
+        See ``from_values`` for any others, and ``in_order`` to keep an order.
 
         Raises:
             ValueError: if ids repeat, are out of order, null, or of a type that cannot be an id.
@@ -34,7 +38,9 @@ class IdMap:
             raise ValueError(
                 "an id map needs ids that rise without repeats; use IdMap.from_values, which sorts"
             )
-        self._ids = checked
+        self._ids = self._sorted = checked
+        # where each of the sorted ids is among the ids; None where they are the same
+        self._order: np.ndarray | None = None
 
     @classmethod
     def from_values(cls, values: Ids) -> IdMap:
@@ -44,6 +50,38 @@ class IdMap:
             ValueError: if ids are null, NaN, of several types, or of a type that cannot be an id.
         """
         return cls(_usable(_series(values)).unique().sort())
+
+    @classmethod
+    def in_order(cls, values: Ids) -> IdMap:
+        """The map whose rows follow the order of ``values``, all different.
+
+        Raises:
+            ValueError: if ids repeat, are null, or of a type that cannot be an id.
+        """
+        ids = _usable(_series(values))
+        if ids.is_sorted():
+            return cls(ids)
+        repeats = len(ids) - ids.n_unique()
+        if repeats:
+            raise ValueError(f"an id has one row: {repeats} of {len(ids)} are repeats; drop them")
+        order = ids.arg_sort()
+        found = cls(ids.gather(order))
+        found._ids, found._order = ids, order.to_numpy().astype(np.int64)
+        return found
+
+    def extended(self, values: Ids) -> IdMap:
+        """The map with new ids in the rows after those that it has.
+
+        Raises:
+            ValueError: if an id is there already, or cannot be of the type of this map.
+        """
+        new = self._alike(_series(values))
+        if new.null_count():
+            raise ValueError(
+                f"ids of this log are {self.dtype}: {new.null_count()} of {len(new)} new ones are "
+                "null or have no place in that type; give ids of the type that the log has"
+            )
+        return IdMap.in_order(pl.concat([self._ids, new]))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -83,9 +121,11 @@ class IdMap:
         wanted = self._alike(_series(values))
         if not len(self):
             return np.full(len(wanted), -1, dtype=np.int64)
-        found = self._ids.search_sorted(wanted).clip(upper_bound=len(self) - 1)
-        known = (self._ids.gather(found) == wanted).fill_null(False)
+        found = self._sorted.search_sorted(wanted).clip(upper_bound=len(self) - 1)
+        known = (self._sorted.gather(found) == wanted).fill_null(False)
         rows = found.to_numpy().astype(np.int64)
+        if self._order is not None:
+            rows = self._order[rows]
         rows[~known.to_numpy()] = -1
         return rows
 
@@ -139,10 +179,11 @@ class IdMap:
         try:
             # memory_map=False: the file may be replaced while the map lives
             frame = pl.read_parquet(Path(path), memory_map=False)
-            return cls(frame["id"])
+            return cls.in_order(frame["id"])
         except (pl.exceptions.PolarsError, ValueError, OSError) as error:
             raise ValueError(
-                f"{path} is not an id map: expected Parquet with one sorted column 'id' ({error})"
+                f"{path} is not an id map: expected Parquet with one column 'id' without repeats "
+                f"({error})"
             ) from error
 
     def _alike(self, values: pl.Series) -> pl.Series:

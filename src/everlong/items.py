@@ -69,6 +69,36 @@ class ItemTable:
         """Items of the catalogue that the table did not have."""
         return int((~self.known).sum())
 
+    @property
+    def vector_widths(self) -> dict[str, int]:
+        """Names of the vector columns, sorted, and how long their vectors are."""
+        return {name: self.vectors[name].shape[1] for name in sorted(self.vectors)}
+
+    def joined_vectors(self, item_ids: IdMap) -> np.ndarray:
+        """All vector columns side by side, by name, for the items of a catalogue.
+
+        Columns keep their scales: one of longer vectors counts for more.
+
+        Args:
+            item_ids: the catalogue; its ids need not be in the order of this table.
+
+        Returns:
+            ``[I, V]`` float32, zeros where this table has no vector of an item.
+
+        Raises:
+            ValueError: if there is no vector column, or ids are of another kind.
+        """
+        if not self.vectors:
+            raise ValueError(
+                "expected items with vectors, received none; name the columns in vectors= of "
+                "read_items"
+            )
+        rows = self.item_ids.rows(item_ids.ids(np.arange(len(item_ids))))
+        joined = np.concatenate([self.vectors[name] for name in self.vector_widths], axis=1)
+        found = np.zeros((len(rows), joined.shape[1]), dtype=np.float32)
+        found[rows >= 0] = joined[rows[rows >= 0]]
+        return found
+
     def write(self, folder: str | Path) -> None:
         """Writes the table as a folder; either the whole folder appears or nothing does.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from everlong.config import load_settings, unknown
 from everlong.dataset import Dataset
 from everlong.encode import named_device
 from everlong.evaluate import evaluate
 from everlong.events import Events, read_events
+from everlong.ids import IdMap
+from everlong.items import ItemTable
 from everlong.metrics import DEFAULT
 from everlong.model import UserModel
 from everlong.models import config_class, load_model_class
+from everlong.models.item_vectors import item_vectors
 from everlong.provenance import hardware, versions
 from everlong.recommender import Origin, Recommender, read_into, to_catalogue
 from everlong.split import PAPER, TEMPORAL, Protocol, Split, split
@@ -33,6 +38,7 @@ def fit(
     events: Source | Events,
     model: str = "lru",
     *,
+    items: ItemTable | None = None,
     architecture: Mapping[str, Any] | None = None,
     training: TrainConfig | Mapping[str, Any] | None = None,
     protocol: str | Protocol | None = None,
@@ -49,6 +55,9 @@ def fit(
     Args:
         events: ``Events``, or anything that ``read_events`` reads, with its default columns.
         model: name of a built-in model.
+        items: what items have besides their ids. All vector columns, side by side, are vectors of
+            the items of models that take them (``vectors`` in their architecture, which follows
+            from these); ``architecture={"ids": False}`` then leaves out the embeddings of ids.
         architecture: settings of the model that differ from its defaults.
         training: settings of the training that differ from their defaults.
         protocol: ``"temporal"``, ``"paper"`` or a protocol of your own; by default ``temporal``
@@ -58,7 +67,8 @@ def fit(
         device: where to train and score.
 
     Raises:
-        ValueError: for unknown names or settings, or a log that cannot be read or split.
+        ValueError: for unknown names or settings, a log that cannot be read or split, or items of
+            which none in the training part has a vector.
         Interrupted: after Ctrl-C, once the checkpoint is written.
     """
     # settings first: a misspelt one must not cost the reading of a long log
@@ -71,7 +81,16 @@ def fit(
     if not isinstance(events, Events):
         events = read_events(events)
     parts = split(events, choose_protocol(protocol, events))
-    network = make_model(model_class, parts, architecture or {}, config.seed).to(place)
+    settings = dict(architecture or {})
+    vectors = None
+    if items is not None and items.vectors:
+        if "vectors" in {f.name for f in dataclasses.fields(config_class(model_class))}:
+            vectors = _vectors_of(items, parts.events.item_ids)
+            settings.setdefault("vectors", vectors.shape[1])
+        else:
+            log.info("model %s knows items by their ids: their vectors are not used", model)
+    network = make_model(model_class, parts, settings, config.seed).to(place)
+    _fill(network, vectors)
     has_validation = parts.validation.user.size > 0
     if not has_validation:
         log.warning("no held-out events: the last epoch is kept, and quality is not measured")
@@ -84,12 +103,15 @@ def fit(
         resume=resume,
         device=device,
     )
+    data = data_facts(events)
+    if items is not None and vectors is not None:
+        data["item_vectors"] = items.vector_widths
     origin = Origin(
         model=model,
         train=config,
         protocol=parts.protocol,
         time_unit=events.facts.time_unit,
-        data=data_facts(events),
+        data=data,
         metrics=measure(network, parts, result),
     )
     recommender = Recommender(network, parts.events.item_ids, origin)
@@ -164,6 +186,32 @@ def data_facts(events: Events) -> dict[str, Any]:
         "ties_seed": events.facts.seed,
         "fingerprint": events.fingerprint,
     }
+
+
+def _vectors_of(items: ItemTable, item_ids: IdMap) -> Tensor:
+    """Vectors ``[I, V]`` of the items of a catalogue; zeros, counted, where there is none."""
+    vectors = torch.from_numpy(items.joined_vectors(item_ids))
+    missing = int((vectors == 0).all(1).sum())
+    if missing == len(vectors):
+        raise ValueError(
+            f"expected vectors of the items of the log, e.g. {item_ids.ids([0])[0]!r}, received "
+            "some for none of them; give items by the ids that the log has"
+        )
+    if missing:
+        log.warning("%d of %d items have no vector: zeros stand for it", missing, len(vectors))
+    return vectors
+
+
+def _fill(model: UserModel, vectors: Tensor | None) -> None:
+    """Gives a model the vectors of its items, if it is made for vectors."""
+    inside = item_vectors(model)
+    if inside is not None and vectors is not None:
+        inside.fill(vectors)
+    elif inside is not None and inside.config.vectors:
+        raise ValueError(
+            f"the architecture has vectors={inside.config.vectors}: expected items with vectors, "
+            "received none; pass items=, and leave vectors out of the architecture"
+        )
 
 
 def _training(settings: Mapping[str, Any] | None) -> TrainConfig:

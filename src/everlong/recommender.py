@@ -26,8 +26,10 @@ from everlong.evaluate import Evaluation, evaluate
 from everlong.events import Events, read_events
 from everlong.folder import read_folder, write_folder
 from everlong.ids import IdMap
+from everlong.items import ItemTable
 from everlong.model import UserModel
 from everlong.models import config_class, load_model_class
+from everlong.models.item_vectors import for_serving, with_more_items
 from everlong.provenance import versions
 from everlong.split import Protocol, Rows, split
 from everlong.table import Source
@@ -54,7 +56,7 @@ class UpdateReport(NamedTuple):
     """Users whose state changed."""
     new_users: int
     unknown_items: int
-    """Events left out because their item was not in training."""
+    """Events left out because their item is not in the catalogue."""
     late: int
     """Events older than one that was read before; read in the order of arrival all the same."""
     skipped: Mapping[str, int]
@@ -91,7 +93,7 @@ class Recommender:
     def __init__(
         self, model: UserModel, item_ids: IdMap, origin: Origin, users: UserTable | None = None
     ) -> None:
-        self.model = model.eval()
+        self.model = for_serving(model)
         self.item_ids = item_ids
         self.origin = origin
         if users is None:
@@ -198,8 +200,8 @@ class Recommender:
     ) -> UpdateReport:
         """Reads new events into the states of their users, at a constant cost per event.
 
-        Users that are new begin with the initial state. Events of items that were not in training
-        are left out and counted. Events of one user are read in the order of their times.
+        Users that are new begin with the initial state. Events of items that are not in the
+        catalogue are left out and counted. Events of one user are read in the order of their times.
 
         Args:
             events: new events alone, in any form that ``read_events`` takes.
@@ -231,12 +233,52 @@ class Recommender:
         late = read_into(self.model, self.users, known)
         busy = int(np.count_nonzero(known.lengths))
         if dropped:
-            log.warning("%d events have items that were not in training: left out", dropped)
+            log.warning("%d events have items that are not in the catalogue: left out", dropped)
         skipped = dict(events.facts.rows_skipped)
         return UpdateReport(known.num_events, busy, new_users, dropped, late, skipped)
 
+    def add_items(self, items: ItemTable) -> int:
+        """Takes new items into the catalogue at once, by their vectors and without training.
+
+        An item is added if the catalogue lacks it and its vector is not zero. From then on it is
+        recommended, and events of it are read. Nothing changes for other items and for the states
+        of users; events of the item that ``update`` left out earlier stay left out. The model is copied
+        each time, so add many at once.
+
+        Args:
+            items: a table with the vector columns that the model was trained with; items that are
+                in the catalogue may be in it too.
+
+        Returns:
+            How many items were added.
+
+        Raises:
+            ValueError: if the model knows items by their ids alone or has a ranker, or vectors or
+                ids are not of the kind that it was trained with.
+        """
+        if isinstance(self.model, TwoStage):
+            raise ValueError(
+                "the ranker knows no items but those it was trained with: expected a recommender "
+                "without one; add the items before fit_ranker"
+            )
+        expected = self.origin.data.get("item_vectors", items.vector_widths)
+        if items.vector_widths != expected:
+            raise ValueError(
+                f"expected vector columns {expected}, as in training, received "
+                f"{items.vector_widths}; read the items with these columns alone"
+            )
+        ids = items.item_ids.ids(np.arange(items.num_items))
+        vectors = items.joined_vectors(items.item_ids)
+        new = (self.item_ids.rows(ids) < 0) & vectors.any(axis=1)
+        larger = with_more_items(self.model, torch.from_numpy(vectors[new]))
+        item_ids = self.item_ids.extended(ids.filter(pl.Series(new)))
+        self.model, self.item_ids = for_serving(larger), item_ids
+        return int(new.sum())
+
     def evaluate(self, events: Source | Events, *, part: str = "test") -> Evaluation:
         """Metrics on the held-out part of the log that the model was trained on.
+
+        Items that were added later are ranked with the others.
 
         Args:
             events: the same log; it is split by the same protocol.
@@ -472,7 +514,7 @@ def load(folder: str | Path, *, device: str = "cpu") -> Recommender:
         metrics=stored.metrics,
     )
     users = UserTable.restore(stored.user_ids, stored.users, initial)
-    return Recommender(model, IdMap(stored.item_ids), origin, users)
+    return Recommender(model, IdMap.in_order(stored.item_ids), origin, users)
 
 
 def to_catalogue(events: Events, item_ids: IdMap) -> tuple[Events, int]:

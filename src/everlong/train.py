@@ -56,6 +56,7 @@ class LoopConfig(Settings):
         decay_recurrence: decay the recurrence parameters too, as LRURec's published code does,
             which pulls the memory of every channel towards one event.
         clip: bound on the norm of the gradient.
+        encoder_lr: rate of an item encoder that is trained with the model, on the same schedule.
         precision: of matrix products; ``auto`` is bfloat16 where the machine multiplies it fast.
             Parameters, states, norms and sums are float32 always.
         monitor, patience, validate_every: training stops after ``patience`` validations, one every
@@ -70,6 +71,7 @@ class LoopConfig(Settings):
     weight_decay: NonNegativeFloat = 0.01
     decay_recurrence: bool = False
     clip: PositiveFloat = 5.0
+    encoder_lr: PositiveFloat = 1e-4
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     monitor: str = "NDCG@10"
     patience: PositiveInt = 10
@@ -390,9 +392,9 @@ class Run(Generic[B]):
                 f"{self.position.loss_sum} and a gradient of norm {float(norm)}; lower lr or use "
                 "precision float32"
             )
-        rate = self.config.lr * rate_share(epochs / self.config.epochs, self.config)
+        share = rate_share(epochs / self.config.epochs, self.config)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["full_lr"] * share
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -541,21 +543,22 @@ class _NextItemLoss:
 
 
 def parameter_groups(model: UserModel, config: LoopConfig) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, for AdamW."""
-    decayed: list[Tensor] = []
-    free: list[Tensor] = []
+    """Parameters with and without weight decay, those of an encoder apart, for AdamW."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         last = name.rsplit(".", 1)[-1]
         recurrence = last in model.recurrence_parameters and not config.decay_recurrence
         plain = "bias" in name or "norm" in name
-        (free if plain or recurrence else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        decay = 0.0 if plain or recurrence else config.weight_decay
+        rate = config.encoder_lr if ".encoder." in name else config.lr
+        groups.setdefault((rate, decay), []).append(parameter)
+    # decayed ones first, as they have always been
+    return [
+        {"params": parameters, "weight_decay": decay, "full_lr": rate}
+        for (rate, decay), parameters in sorted(groups.items(), key=lambda x: x[0], reverse=True)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def rate_share(done: float, config: LoopConfig) -> float:

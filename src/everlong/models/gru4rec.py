@@ -18,29 +18,27 @@ from torch.nn.utils.rnn import PackedSequence
 
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel
+from everlong.models.item_vectors import ItemConfig, ItemVectors
 from everlong.ops.dropout import Dropout
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRU4RecConfig:
+class GRU4RecConfig(ItemConfig):
     """Architecture of GRU4Rec.
 
     Attributes:
-        num_items: items of the catalogue.
-        dim: width D of item and user vectors.
         hidden: width H of the recurrent vector.
         layers: recurrent layers L.
         dropout: on embeddings, between the layers and on what they give out.
     """
 
-    num_items: int
-    dim: int = 64
     hidden: int = 128
     layers: int = 1
     dropout: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("dim", "hidden", "layers"):
+        super().__post_init__()
+        for name in ("hidden", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, received {getattr(self, name)}")
 
@@ -57,9 +55,10 @@ class GRU4Rec(UserModel):
     def __init__(self, config: GRU4RecConfig) -> None:
         super().__init__(config.num_items)
         self.config = config
-        self.items = nn.Embedding(config.num_items, config.dim)
+        self.items = ItemVectors(config)
         self.item_bias = nn.Parameter(torch.zeros(config.num_items))
-        nn.init.trunc_normal_(self.items.weight, std=0.02, a=-0.04, b=0.04)
+        for weight in self.items.parameters():
+            nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
         self.dropout = Dropout(config.dropout)
         self.recurrence = nn.GRU(
             config.dim,
@@ -104,8 +103,8 @@ class GRU4Rec(UserModel):
         return found
 
     def item_head(self) -> ItemHead:
-        """The embedding table, tied, and the item biases."""
-        return ItemHead(self.items.weight, self.item_bias)
+        """The item vectors, tied, and the item biases."""
+        return ItemHead(self.items.table(), self.item_bias)
 
 
 def time_major(events: Batch) -> tuple[Tensor, Tensor, Tensor]:

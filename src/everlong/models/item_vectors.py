@@ -6,10 +6,14 @@ never seen in training has its vector still, and can be recommended by it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from everlong.model import UserModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,8 @@ class ItemVectors(nn.Module):
             self.register_buffer("center", torch.zeros(config.vectors))
             self.length: Tensor
             self.register_buffer("length", torch.ones(()))
+        self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
+        self._live: Tensor | None = None
 
     @torch.no_grad()
     def fill(self, vectors: Tensor) -> None:
@@ -75,15 +81,38 @@ class ItemVectors(nn.Module):
                 f"expected vectors [items, width] = {expected}, received {tuple(vectors.shape)}; "
                 "set vectors= in the architecture to the width of what is given"
             )
+        vectors = vectors.to(self.vectors)
         there = vectors.ne(0).any(1)
         if bool(there.any()):
             self.center.copy_(vectors[there].mean(0))
-            spread = (vectors[there] - self.center).square().sum(1).mean().sqrt()
-            self.length.copy_(spread.clamp(min=1e-12))
+            size = _mean_length(vectors[there])
+            spread = _mean_length(vectors[there] - self.center)
+            # vectors that are all the same: their differences are rounding, not to be blown up
+            self.length.copy_(torch.where(spread > 1e-6 * size, spread, size))
         self.vectors.copy_(self.prepared(vectors))
+
+    @torch.no_grad()
+    def refill(self, vectors: Tensor) -> None:
+        """Takes other vectors ``[I, V]`` of the same items, centred and scaled as they were."""
+        self.vectors.copy_(self.prepared(vectors))
+
+    @contextmanager
+    def live(self, rows: Tensor, vectors: Tensor) -> Iterator[None]:
+        """Inside, the vectors of the items ``rows [n]`` are ``vectors [n, V]``, with gradients.
+
+        They stay as they are then, without gradients.
+        """
+        prepared = self.prepared(vectors)
+        self._live = self.vectors.index_copy(0, rows, prepared)
+        try:
+            yield
+        finally:
+            self._live = None
+            self.vectors[rows] = prepared.detach()
 
     def prepared(self, vectors: Tensor) -> Tensor:
         """Vectors ``[n, V]`` as the projection takes them; zeros stay zeros."""
+        vectors = vectors.to(self.vectors)
         there = vectors.ne(0).any(1, keepdim=True)
         return (vectors - self.center) / self.length * there
 
@@ -94,16 +123,96 @@ class ItemVectors(nn.Module):
         if items.numel() > self.config.num_items:
             # fewer products for the catalogue than for the events
             return torch.nn.functional.embedding(items, self.table())
-        projected: Tensor = self.project(self.vectors[items])
+        projected: Tensor = self.project(self._current()[items])
         return projected if self.ids is None else self.ids(items) + projected
 
     def table(self) -> Tensor:
         """Vectors ``[I, D]`` of all items."""
         if self.project is None:
             return self._ids().weight
-        projected: Tensor = self.project(self.vectors)
+        kept = None if torch.is_grad_enabled() or self._live is not None else self._kept
+        if kept is not None and kept[0] == self._versions():
+            return kept[1]
+        projected: Tensor = self.project(self._current())
         return projected if self.ids is None else self.ids.weight + projected
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Computes the table for all calls without gradients until ``train()``: for serving."""
+        if self.project is not None:
+            self._kept = self._versions(), self.table()
+
+    def train(self, mode: bool = True) -> ItemVectors:
+        """Training mode on or off; on, what was kept is forgotten."""
+        # not left to the versions: fused optimizers change parameters without raising them
+        if mode:
+            self._kept = None
+        return super().train(mode)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes when a parameter is moved, cast, loaded or filled."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+    def _current(self) -> Tensor:
+        return self.vectors if self._live is None else self._live
 
     def _ids(self) -> nn.Embedding:
         assert self.ids is not None  # noqa: S101 - the configuration has ids where it has no vectors
         return self.ids
+
+
+def _mean_length(vectors: Tensor) -> Tensor:
+    return vectors.square().sum(1).mean().sqrt()
+
+
+def item_vectors(model: nn.Module) -> ItemVectors | None:
+    """Where a model has its item vectors; None if it has none."""
+    return next((part for part in model.modules() if isinstance(part, ItemVectors)), None)
+
+
+def for_serving(model: UserModel) -> UserModel:
+    """The model in eval mode, with all its item vectors at hand."""
+    model.eval()
+    items = item_vectors(model)
+    if items is not None:
+        items.keep()
+    return model
+
+
+@torch.no_grad()
+def with_more_items(model: UserModel, vectors: Tensor) -> UserModel:
+    """A copy of a model with ``n`` more items, known by their vectors ``[n, V]`` alone.
+
+    The rows of the items that there were stay. An embedding of a new id is zero, a bias the mean of
+    the others.
+
+    Raises:
+        ValueError: if the items of the model have no vectors, or vectors of another width.
+    """
+    items = item_vectors(model)
+    if items is None or items.project is None:
+        raise ValueError(
+            "items that were not in training are known by their vectors: expected a model with "
+            "item vectors, received one that knows items by their ids alone; fit one with vectors"
+        )
+    if vectors.shape[1] != items.config.vectors:
+        raise ValueError(
+            f"expected vectors of width {items.config.vectors}, as in training, received "
+            f"{vectors.shape[1]}; make them in the same way"
+        )
+    count, prepared = len(vectors), items.prepared(vectors)
+    config = replace(model.config, num_items=model.num_items + count)
+    with torch.random.fork_rng(devices=[]):
+        larger: UserModel = type(model)(config)
+    weights = model.state_dict()
+    for name, like in larger.state_dict().items():
+        known = weights[name]
+        if name.endswith("items.vectors"):
+            weights[name] = torch.cat([known, prepared])
+        elif known.shape != like.shape:
+            fill = known.mean(0) if known.dim() == 1 else torch.zeros_like(known[0])
+            weights[name] = torch.cat([known, fill.expand(count, *known.shape[1:])])
+    larger.to(items.vectors)
+    larger.load_state_dict(weights)
+    return larger.train(model.training)

@@ -20,17 +20,16 @@ from torch.nn import functional
 
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel
+from everlong.models.item_vectors import ItemConfig, ItemVectors
 from everlong.ops.dropout import Dropout
 from everlong.ops.linear_scan import linear_scan
 
 
 @dataclass(frozen=True, kw_only=True)
-class LRUConfig:
+class LRUConfig(ItemConfig):
     """Architecture of LRURec; the defaults are the published sizes.
 
     Attributes:
-        num_items: items of the catalogue.
-        dim: width D of item and user vectors.
         channels: complex channels H of the recurrence.
         layers: blocks of recurrence and feed-forward network.
         dropout: on embeddings and inside the feed-forward network.
@@ -39,8 +38,6 @@ class LRUConfig:
             forgets half of an event after ln 2 / -ln r events: 69 at 0.99, 6,931 at 0.9999.
     """
 
-    num_items: int
-    dim: int = 64
     channels: int = 128
     layers: int = 2
     dropout: float = 0.2
@@ -49,7 +46,8 @@ class LRUConfig:
     max_radius: float = 0.99
 
     def __post_init__(self) -> None:
-        for name in ("dim", "channels", "layers"):
+        super().__post_init__()
+        for name in ("channels", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, received {getattr(self, name)}")
         if not 0.0 <= self.min_radius < self.max_radius < 1.0:
@@ -74,7 +72,7 @@ class LRU(UserModel):
     def __init__(self, config: LRUConfig) -> None:
         super().__init__(config.num_items)
         self.config = config
-        self.items = nn.Embedding(config.num_items, config.dim)
+        self.items = ItemVectors(config)
         # the published code learns the first item from the embedding of its padding row, an
         # implicit start token; here it is a parameter of its own and no padding class exists, so
         # the softmax runs over the I real items and not over I + 1 classes
@@ -137,8 +135,8 @@ class LRU(UserModel):
         return values
 
     def item_head(self) -> ItemHead:
-        """The embedding table, tied, and the item biases (section 3.4)."""
-        return ItemHead(self.items.weight, self.item_bias)
+        """The item vectors, tied, and the item biases (section 3.4)."""
+        return ItemHead(self.items.table(), self.item_bias)
 
 
 class Block(nn.Module):

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from everlong.batch import Batch
 from everlong.model import ItemHead, UserModel
+from everlong.models.item_vectors import ItemConfig, ItemVectors
 from everlong.ops.dropout import Dropout
 
 SHORT = 8
@@ -33,12 +34,10 @@ MAX_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class SASRecConfig:
+class SASRecConfig(ItemConfig):
     """Architecture of SASRec.
 
     Attributes:
-        num_items: items of the catalogue.
-        dim: width D of item and user vectors.
         heads: attention heads, a divisor of ``dim``.
         layers: blocks of attention and feed-forward network.
         inner: width of the feed-forward network as a multiple of ``dim``; the paper has 1.
@@ -47,11 +46,9 @@ class SASRecConfig:
         attention_dropout: on attention weights. The published code uses ``dropout`` here too; it
             is off by default because fused attention on CPU has none, and the plain one takes
             several times as long.
-        scale_items: multiply the embeddings of the events by sqrt(D), as the published code does.
+        scale_items: multiply the item vectors of the events by sqrt(D), as the published code does.
     """
 
-    num_items: int
-    dim: int = 64
     heads: int = 2
     layers: int = 2
     inner: int = 1
@@ -61,7 +58,8 @@ class SASRecConfig:
     scale_items: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("dim", "heads", "layers", "inner", "window"):
+        super().__post_init__()
+        for name in ("heads", "layers", "inner", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} >= 1, received {getattr(self, name)}")
         if self.dim % self.heads:
@@ -103,11 +101,11 @@ class SASRec(UserModel):
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__(config.num_items)
         self.config = config
-        self.items = nn.Embedding(config.num_items, config.dim)
+        self.items = ItemVectors(config)
         self.positions = nn.Embedding(config.window, config.dim)
         self.start = nn.Parameter(torch.empty(config.dim))
         self.item_bias = nn.Parameter(torch.zeros(config.num_items))
-        for parameter in (self.items.weight, self.positions.weight, self.start):
+        for parameter in (*self.items.parameters(), self.positions.weight, self.start):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -156,8 +154,8 @@ class SASRec(UserModel):
         return vectors.to(newest.dtype).index_copy(0, windows.user, newest)
 
     def item_head(self) -> ItemHead:
-        """The embedding table, tied, and the item biases."""
-        return ItemHead(self.items.weight, self.item_bias)
+        """The item vectors, tied, and the item biases."""
+        return ItemHead(self.items.table(), self.item_bias)
 
     def _append(self, events: Batch, state: SASRecState) -> SASRecState:
         """The state after the events: the last W items of old and new ones."""
