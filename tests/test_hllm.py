@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+import everlong
 from everlong import state as states
 from everlong.batch import Batch
 from everlong.models.decoder import Decoder, DecoderConfig
@@ -196,6 +198,20 @@ def test_a_summary_is_all_that_is_left_of_a_segment() -> None:
 def test_what_cannot_be_built(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         HLLMConfig(num_items=ITEMS, **{**SIZES, **settings})
+
+
+def test_fit_begins_with_a_language_model(language_model: Path) -> None:
+    rows = [(u, (u + n) % ITEMS, 10**9 + n) for u in range(12) for n in range(6)]
+    log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    how = {"protocol": "paper", "training": {"epochs": 1, "lr": 1e-9, "weight_decay": 0.0}}
+    recommender = everlong.fit(log, "hllm", pretrained=language_model, **how)  # type: ignore[arg-type]
+    expected = decoder_of(language_model)
+    inside = recommender.model.backbone  # type: ignore[attr-defined]
+    torch.testing.assert_close(
+        inside.layers[1].query.weight, expected.layers[1].query.weight, rtol=0, atol=1e-6
+    )
+    with pytest.raises(ValueError, match="over a decoder"):
+        everlong.fit(log, "lru", pretrained=language_model)
 
 
 def test_weights_that_do_not_fit(language_model: Path) -> None:

@@ -14,13 +14,16 @@ ROOT = Path(everlong.__file__).parent
 LAYERS = """
     atomic interrupt clock table state batch model config progress provenance
     ids events index audit items sources
+    text encoders vector_cache item_text
     split dataset requests encode
-    ops models
-    losses checkpoint train
+    ops models pretrained
+    losses checkpoint train train_jointly
     topk metrics evaluate
     ranking_losses ranking train_ranker
     users folder card two_stage recommender pipeline ranking_pipeline
-    report plots testing bench demo fitting cli
+    report plots testing bench demo fitting
+    service
+    cli
 """
 ORDER = LAYERS.split()
 

@@ -22,7 +22,9 @@ from everlong.items import ItemTable
 from everlong.metrics import DEFAULT
 from everlong.model import UserModel
 from everlong.models import config_class, load_model_class
+from everlong.models.decoder import DecoderConfig
 from everlong.models.item_vectors import item_vectors
+from everlong.pretrained import decoder_architecture, decoder_of, load_decoder
 from everlong.provenance import hardware, versions
 from everlong.recommender import Origin, Recommender, read_into, to_catalogue
 from everlong.split import PAPER, TEMPORAL, Protocol, Split, split
@@ -39,6 +41,7 @@ def fit(
     model: str = "lru",
     *,
     items: ItemTable | None = None,
+    pretrained: str | Path | None = None,
     architecture: Mapping[str, Any] | None = None,
     training: TrainConfig | Mapping[str, Any] | None = None,
     protocol: str | Protocol | None = None,
@@ -58,6 +61,8 @@ def fit(
         items: what items have besides their ids. All vector columns, side by side, are vectors of
             the items of models that take them (``vectors`` in their architecture, which follows
             from these); ``architecture={"ids": False}`` then leaves out the embeddings of ids.
+        pretrained: a causal language model, by name or folder, whose layers the decoder of
+            ``hllm`` and of the models over it begins with; its sizes are those of the decoder.
         architecture: settings of the model that differ from its defaults.
         training: settings of the training that differ from their defaults.
         protocol: ``"temporal"``, ``"paper"`` or a protocol of your own; by default ``temporal``
@@ -81,7 +86,7 @@ def fit(
     if not isinstance(events, Events):
         events = read_events(events)
     parts = split(events, choose_protocol(protocol, events))
-    settings = dict(architecture or {})
+    settings = {**_sizes(model_class, pretrained), **(architecture or {})}
     vectors = None
     if items is not None and items.vectors:
         if "vectors" in {f.name for f in dataclasses.fields(config_class(model_class))}:
@@ -91,6 +96,8 @@ def fit(
             log.info("model %s knows items by their ids: their vectors are not used", model)
     network = make_model(model_class, parts, settings, config.seed).to(place)
     _fill(network, vectors)
+    if pretrained is not None:
+        load_decoder(decoder_of(network), pretrained)
     has_validation = parts.validation.user.size > 0
     if not has_validation:
         log.warning("no held-out events: the last epoch is kept, and quality is not measured")
@@ -186,6 +193,18 @@ def data_facts(events: Events) -> dict[str, Any]:
         "ties_seed": events.facts.seed,
         "fingerprint": events.fingerprint,
     }
+
+
+def _sizes(model_class: type[UserModel], pretrained: str | Path | None) -> dict[str, Any]:
+    """The sizes of a decoder that has room for a language model."""
+    if pretrained is None:
+        return {}
+    if not issubclass(config_class(model_class), DecoderConfig):
+        raise ValueError(
+            f"expected a model over a decoder, such as hllm, received {model_class.__name__}; "
+            "leave out pretrained"
+        )
+    return decoder_architecture(pretrained)
 
 
 def _vectors_of(items: ItemTable, item_ids: IdMap) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from everlong.models.decoder import Decoder
 
@@ -70,6 +70,18 @@ def decoder_architecture(name: str | Path) -> dict[str, Any]:
         "attention_bias": found.model_type == "qwen2",
         "norm_eps": found.rms_norm_eps,
     }
+
+
+def decoder_of(model: nn.Module) -> Decoder:
+    """The decoder inside a model.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for part in model.modules():
+        if isinstance(part, Decoder):
+            return part
+    raise ValueError(f"expected a model over a decoder, received {type(model).__name__}")
 
 
 @torch.no_grad()

@@ -242,8 +242,8 @@ class Recommender:
 
         An item is added if the catalogue lacks it and its vector is not zero. From then on it is
         recommended, and events of it are read. Nothing changes for other items and for the states
-        of users; events of the item that ``update`` left out earlier stay left out. The model is copied
-        each time, so add many at once.
+        of users; events of the item that ``update`` left out earlier stay left out. The model is
+        copied each time, so add many at once.
 
         Args:
             items: a table with the vector columns that the model was trained with; items that are
