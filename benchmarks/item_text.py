@@ -325,7 +325,7 @@ def measured_among(case: ColdCase, users: pl.Series, scores: np.ndarray) -> dict
     above = (scores[owner] > target[:, None]).sum(1)
     equal = (scores[owner] == target[:, None]).sum(1) - 1
     ranks = 1 + above + equal // 2
-    names = ("NDCG@10", "HitRate@10", "MRR")
+    names = ("NDCG@10", "HitRate@10", "MRR@10")
     metrics = estimate(ranks.astype(np.int64), owner, [parse_metric(n) for n in names])
     return {
         "targets": len(ranks),
@@ -414,7 +414,7 @@ def warm_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def cold_table(records: Sequence[Mapping[str, Any]]) -> str:
     """One row a log and contestant; the interval is that of the first seed."""
-    header = ("log", "model", "NDCG@10", "95 % interval", "HitRate@10", "MRR", "seeds", "items")
+    header = ("log", "model", "NDCG@10", "95 % interval", "HitRate@10", "MRR@10", "seeds", "items")
     lines = [header, ("---",) * len(header)]
     for data, _ in TABLE:
         mine = [r for r in records if r["data"] == data and "found" in r]
@@ -422,7 +422,7 @@ def cold_table(records: Sequence[Mapping[str, Any]]) -> str:
             found = [r["found"][contestant] for r in mine]
             cells = (
                 spread([f[metric]["mean"] for f in found])
-                for metric in ("NDCG@10", "HitRate@10", "MRR")
+                for metric in ("NDCG@10", "HitRate@10", "MRR@10")
             )
             first, *others = cells
             interval = f"{found[0]['NDCG@10']['low']:.4f} to {found[0]['NDCG@10']['high']:.4f}"
