@@ -1,6 +1,7 @@
 """The cost of a request: from cached summaries and recent events, against the whole history.
 
-    python benchmarks/compressed_requests.py
+    python benchmarks/compressed_requests.py            # over HSTU
+    python benchmarks/compressed_requests.py --hllm     # over HLLM
 
 One core, histories of p + r = 1,024 + 256 events, 4 tokens, one request at a time and 64 at once.
 Only the user vector is made; ranking the catalogue costs the same in all cases and is left out.
@@ -9,13 +10,14 @@ pairs of query and key 33,920, 4.1 %.
 
 Measured side by side, in turns:
 
-* whole: HSTU reads all 1,280 events again, and of the last layer computes the newest output alone
-  (PerSRec without a cut is HSTU);
+* whole: HSTU (or HLLM) reads all 1,280 events again, and of the last layer computes the newest
+  output alone
+  (PerSRec without a cut is HSTU, or HLLM);
 * published: the same with all outputs of the last layer, as a forward pass gives them;
 * cached: PerSRec as published reads 256 recent events beside the summary of 1,024;
 * stream: PerSRec on a stream at its fullest, 256 + 64 events and one summary of 256 (it has read 64
   events more than the others);
-* ring: HSTU keeps keys and values of all 1,280 events and computes the newest alone.
+* ring: it keeps keys and values of all 1,280 events and computes the newest alone.
 """
 
 from __future__ import annotations
@@ -25,39 +27,77 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import torch
+import typer
 
 from everlong.batch import Batch
 from everlong.encode import serving
 from everlong.model import UserModel
+from everlong.models.hllm import HLLM, HLLMConfig
 from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.persrec import PerSRec, PerSRecConfig
+from everlong.models.persrec_hllm import (
+    PaperPerSRecHLLM,
+    PaperPerSRecHLLMConfig,
+    PerSRecHLLM,
+    PerSRecHLLMConfig,
+)
 from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
 from everlong.state import bytes_per_user
 from record import write_result
 
 ITEMS, PAST, RECENT, TOKENS = 10_000, 1_024, 256, 4
-SHAPES = {
-    "3 layers, 2 heads": {"layers": 3, "heads": 2, "dim": 64},
-    "16 layers, 8 heads (published)": {"layers": 16, "heads": 8, "dim": 64},
-}
-ROUNDS = {1: 15, 64: 3}
+ROUNDS = {1: 15, 8: 5, 64: 3}
 
 
-def main() -> None:
+class Family(NamedTuple):
+    """Classes of one backbone with their configurations, and the sizes to measure."""
+
+    ring: tuple[type[UserModel], type[Any]]
+    paper: tuple[type[UserModel], type[Any]]
+    stream: tuple[type[UserModel], type[Any]]
+    shapes: dict[str, dict[str, int]]
+
+
+OVER_HSTU = Family(
+    (HSTU, HSTUConfig),
+    (PaperPerSRec, PaperPerSRecConfig),
+    (PerSRec, PerSRecConfig),
+    {
+        "3 layers, 2 heads": {"layers": 3, "heads": 2, "dim": 64},
+        "16 layers, 8 heads (published)": {"layers": 16, "heads": 8, "dim": 64},
+    },
+)
+OVER_HLLM = Family(
+    (HLLM, HLLMConfig),
+    (PaperPerSRecHLLM, PaperPerSRecHLLMConfig),
+    (PerSRecHLLM, PerSRecHLLMConfig),
+    {
+        "2 layers of 64": {"layers": 2, "heads": 2, "dim": 64},
+        "8 layers of 256": {"layers": 8, "heads": 8, "kv_heads": 2, "dim": 256},
+    },
+)
+
+
+def main(hllm: bool = False) -> None:
+    """Measures all shapes of a family and writes the result."""
     torch.set_num_threads(1)
     numba.set_num_threads(1)
+    family = OVER_HLLM if hllm else OVER_HSTU
     figures: dict[str, Any] = {"threads": 1, "past": PAST, "recent": RECENT, "tokens": TOKENS}
-    for name, shape in SHAPES.items():
-        figures[name] = {f"batch {users}": compare(shape, users) for users in (1, 64)}
+    for name, shape in family.shapes.items():
+        # at once what fits: the keys and values of 64 whole histories are too much for wide models
+        sizes = (1, 64) if shape["dim"] == 64 else (1, 8)
+        figures[name] = {f"batch {users}": compare(family, shape, users) for users in sizes}
         print(name, json.dumps(figures[name], indent=1), flush=True)
-    print("written to", write_result("compressed_requests", figures))
+    name = "compressed_requests_hllm" if hllm else "compressed_requests"
+    print("written to", write_result(name, figures))
 
 
-def compare(shape: dict[str, int], users: int) -> dict[str, Any]:
+def compare(family: Family, shape: dict[str, int], users: int) -> dict[str, Any]:
     """Median milliseconds of a request for ``users`` users, and ratios to the whole history."""
     total = PAST + RECENT
     items = torch.randint(ITEMS, (users, total), generator=torch.Generator().manual_seed(0))
@@ -68,14 +108,18 @@ def compare(shape: dict[str, int], users: int) -> dict[str, Any]:
     )
     at = times[:, -1] + 60
     torch.manual_seed(0)
-    hstu = HSTU(HSTUConfig(num_items=ITEMS, window=total, **shape))
-    paper = PaperPerSRec(
-        PaperPerSRecConfig(num_items=ITEMS, placement=((PAST, TOKENS),), recent=RECENT, **shape)
-    )
-    stream = PerSRec(PerSRecConfig(num_items=ITEMS, segment=RECENT, keep=64, **shape))
-    uncut = PerSRec(PerSRecConfig(num_items=ITEMS, segment=total, keep=0, **shape))
+
+    def made(kind: tuple[type[UserModel], type[Any]], **settings: Any) -> UserModel:
+        model, config = kind
+        built: UserModel = model(config(num_items=ITEMS, **shape, **settings))
+        return built
+
+    ring = made(family.ring, window=total)
+    paper = made(family.paper, placement=((PAST, TOKENS),), recent=RECENT)
+    stream = made(family.stream, segment=RECENT, keep=64)
+    uncut = made(family.stream, segment=total, keep=0)
     states, calls = {}, {}
-    models = {"whole": uncut, "cached": paper, "stream": stream, "ring": hstu}
+    models = {"whole": uncut, "cached": paper, "stream": stream, "ring": ring}
     for name, model in models.items():
         with serving(model):
             _, states[name] = model.encode(batch)
@@ -85,7 +129,7 @@ def compare(shape: dict[str, int], users: int) -> dict[str, Any]:
                     more = Batch.one_event_each(items[:, number], times[:, -1])
                     states[name] = stream.step(more, states[name])
         calls[name] = request(model, states[name], at)
-    calls["published"] = lambda: hstu(batch)
+    calls["published"] = lambda: ring(batch)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with ExitStack() as quiet:
         for model in models.values():
@@ -121,4 +165,4 @@ def request(model: UserModel, state: Any, at: torch.Tensor) -> Callable[[], obje
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

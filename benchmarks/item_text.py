@@ -335,7 +335,7 @@ def measured_among(case: ColdCase, users: pl.Series, scores: np.ndarray) -> dict
 
 
 @app.command()
-def speed(data: str = "ml-1m", data_dir: Path = DATA_DIR) -> None:
+def speed(data: str = "ml-latest-small", data_dir: Path = DATA_DIR) -> None:
     """Events a second in training with and without frozen vectors, alternating; items encoded."""
     torch.set_num_threads(1)
     events = log_of(data, data_dir)
