@@ -149,7 +149,13 @@ class EventLog:
                 f"{self.path}: expected a log of version {VERSION}, found {version!r}"
             )
         self._salt = self.fact("salt") or b""
+        self.total = Total()
+        self.look()
+
+    def look(self) -> Total:
+        """The totals as another writer has left them."""
         self.total = Total.from_bytes(self.fact("total") or b"")
+        return self.total
 
     def close(self) -> None:
         """Closes the file; nothing is lost without it."""

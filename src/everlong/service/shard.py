@@ -108,6 +108,20 @@ class Shard:
         """
         return self._do(lambda: self._add(arena))
 
+    def catch_up(self, arena: Arena) -> None:
+        """Brings an arena near to the log on the caller's thread, beside the writer."""
+        beside = EventLog(self.log.path)
+        try:
+            while beside.total.last - arena.offset > REPLAY:
+                events = beside.after(arena.offset, REPLAY)
+                if not events:
+                    return
+                arena.apply(events)
+                arena.offset = events[-1].offset
+                beside.look()
+        finally:
+            beside.close()
+
     def drop(self, arena: Arena) -> Future[None]:
         """Lets an arena go, and its records."""
         return self._do(lambda: self._drop(arena))

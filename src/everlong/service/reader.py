@@ -1,0 +1,138 @@
+"""Reads: requests that come at about one time are answered by one product.
+
+A thread takes what waits, up to a number of requests, reads the states of their users and has the
+model that is live answer for all of them.
+"""
+
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everlong.service.deployment import Deployment, Listed, Wanted
+from everlong.service.log import Id
+from everlong.service.shard import FullError
+from everlong.state import State
+
+TOGETHER = 64
+"""Most requests that are answered at once."""
+
+
+class Asked(NamedTuple):
+    """A request, and who waits for its answer."""
+
+    user_id: Id
+    wanted: Wanted
+    filter_seen: bool
+    done: Future[Any]
+
+
+class Reader:
+    """Answers requests for recommendations.
+
+    Args:
+        live: the model that answers, and the states of some users in it.
+        paths: of the log of a user, for what they have seen.
+        capacity: most requests that wait.
+    """
+
+    def __init__(
+        self,
+        live: Callable[[Sequence[Id]], tuple[Deployment, State]],
+        path_of: Callable[[Id], Path],
+        *,
+        capacity: int = 1_000,
+    ) -> None:
+        self._live, self._path_of, self.capacity = live, path_of, capacity
+        self._queue: queue.Queue[Asked | None] = queue.Queue()
+        self._logs: dict[Path, sqlite3.Connection] = {}
+        self._thread = threading.Thread(target=self._answer, name="reader")
+        self._thread.start()
+
+    def submit(self, user_id: Id, wanted: Wanted, *, filter_seen: bool) -> Future[Listed]:
+        """Queues a request; the future holds its list.
+
+        Raises:
+            FullError: if there is no room for it.
+        """
+        if self._queue.qsize() >= self.capacity:
+            raise FullError(f"{self.capacity} requests wait already; try again")
+        asked = Asked(user_id, wanted, filter_seen, Future())
+        self._queue.put(asked)
+        return asked.done
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self._queue.qsize()
+
+    def close(self) -> None:
+        """Answers what waits and stops."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _answer(self) -> None:
+        stopping = False
+        while not stopping:
+            group, stopping = self._next_group()
+            if group:
+                self._serve(group)
+        for connection in self._logs.values():
+            connection.close()
+
+    def _next_group(self) -> tuple[list[Asked], bool]:
+        asked = self._queue.get()
+        group: list[Asked] = []
+        while asked is not None:
+            group.append(asked)
+            if len(group) >= TOGETHER:
+                return group, False
+            try:
+                asked = self._queue.get_nowait()
+            except queue.Empty:
+                return group, False
+        return group, True
+
+    def _serve(self, group: Sequence[Asked]) -> None:
+        try:
+            deployment, state = self._live([asked.user_id for asked in group])
+            wanted = [
+                replace(asked.wanted, leave_out=(*asked.wanted.leave_out, *self._seen(asked)))
+                for asked in group
+            ]
+            lists = deployment.recommend(state, wanted)
+        except Exception as error:
+            for asked in group:
+                asked.done.set_exception(error)
+            return
+        for asked, found in zip(group, lists, strict=True):
+            asked.done.set_result(found)
+
+    def _seen(self, asked: Asked) -> list[Id]:
+        """All items of the user's log: the log is the truth, and one index holds what is asked."""
+        if not asked.filter_seen:
+            return []
+        path = self._path_of(asked.user_id)
+        if path not in self._logs:
+            self._logs[path] = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        rows = self._logs[path].execute(
+            "SELECT DISTINCT item_id FROM events WHERE user_id=?", (asked.user_id,)
+        )
+        return [row[0] for row in rows]
+
+
+def waited(until: Callable[[], bool], seconds: float) -> bool:
+    """Whether something came true within a time."""
+    end = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True

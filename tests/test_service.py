@@ -1,0 +1,179 @@
+"""The service without its protocol: events in, recommendations out, models that change places."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import everlong
+from everlong.recommender import Recommender
+from everlong.service.deployment import Deployment, Wanted
+from everlong.service.log import Event
+from everlong.service.service import Service
+from everlong.split import PAPER
+
+ITEMS = 12
+
+
+def walk(users: int = 48, events: int = 7) -> pl.DataFrame:
+    """Users go round a circle of items, each from a place of their own."""
+    return pl.DataFrame(
+        [
+            {
+                "user_id": f"u{user}",
+                "item_id": f"i{(user + n) % ITEMS:02d}",
+                "timestamp": 1_700_000_000 + 60 * n + user,
+            }
+            for user in range(users)
+            for n in range(events)
+        ]
+    )
+
+
+def fitted(seed: int = 0) -> Recommender:
+    return everlong.fit(
+        walk(),
+        "lru",
+        architecture={"dim": 16, "channels": 16, "dropout": 0.0, "recurrence_dropout": 0.0},
+        training={"epochs": 25, "batch_events": 64, "lr": 0.02, "seed": seed},
+        protocol=PAPER.replace({"seen": "keep"}),
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folders = [tmp_path_factory.mktemp("models") / name for name in ("a", "b")]
+    for seed, folder in enumerate(folders):
+        fitted(seed).save(folder)
+    return folders
+
+
+@pytest.fixture
+def service(tmp_path: Path, models: list[Path]) -> Iterator[Service]:
+    found = Service(tmp_path / "data", Deployment.read(models[0]), shards=2)
+    yield found
+    found.close()
+
+
+def steps(user: str, start: int, count: int, tag: str = "") -> list[Event]:
+    return [
+        Event(f"{user}-{tag}{n}", user, f"i{(start + n) % ITEMS:02d}", 1_700_000_000 + n)
+        for n in range(count)
+    ]
+
+
+def sent(service: Service, events: list[Event]) -> None:
+    for future in service.ingest(events):
+        future.result()
+
+
+def first(service: Service, user: str, **how: object) -> str:
+    wanted = Wanted(k=1, **how)  # type: ignore[arg-type]
+    return str(service.recommend(user, wanted, filter_seen=False).result().items[0])
+
+
+def test_recommendations_follow_the_last_event(service: Service) -> None:
+    for number in range(6):
+        sent(service, steps(f"new-{number}", number, 5))
+        assert first(service, f"new-{number}") == f"i{(number + 5) % ITEMS:02d}"
+    assert service.num_users == 6
+
+
+def test_answers_are_those_of_the_recommender(service: Service) -> None:
+    log = pl.DataFrame(
+        [
+            {"user_id": e.user_id, "item_id": e.item_id, "timestamp": e.time}
+            for user in range(9)
+            for e in steps(f"v{user}", user, 3 + user)
+        ]
+    )
+    for user in range(9):
+        sent(service, steps(f"v{user}", user, 3 + user))
+    other = Deployment.read(service.live.folder).recommender
+    other.users = type(other.users)(other.model.initial_state(1), 64)
+    other.update(log)
+    expected = other.recommend([f"v{user}" for user in range(9)], k=4)
+    for user in range(9):
+        mine = expected.filter(pl.col("user_id") == f"v{user}")
+        found = service.recommend(f"v{user}", Wanted(k=4)).result()
+        assert found.items == mine["item_id"].to_list()
+        np.testing.assert_allclose(found.scores, mine["score"].to_numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_filters(service: Service) -> None:
+    sent(service, steps("a", 0, 5))
+    seen = {f"i{n:02d}" for n in range(5)}
+    found = service.recommend("a", Wanted(k=ITEMS)).result().items
+    assert set(found) == {f"i{n:02d}" for n in range(ITEMS)} - seen
+    found = service.recommend("a", Wanted(k=3, leave_out=["i05", "no such item"])).result().items
+    assert "i05" not in found
+    among = Wanted(k=3, among=["i07", "i09", "unknown"])
+    assert set(service.recommend("a", among).result().items) == {"i07", "i09"}
+    ranked = service.rank("a", ["i09", "i05", "i07", "i05", "nothing"])
+    assert ranked.items[0] == "i05"
+    assert len(ranked.items) == 3
+    assert service.rank("a", ["nothing"]).items == []
+    assert service.recommend("a", Wanted(k=3, among=[])).result().items == []
+
+
+def test_somebody_unknown_has_what_the_model_says_of_nobody(service: Service) -> None:
+    assert len(service.recommend("nobody", Wanted(k=3)).result().items) == 3
+    assert service.info("nobody") is None
+
+
+def test_a_restart_answers_the_same(tmp_path: Path, models: list[Path]) -> None:
+    lists = []
+    for turn in range(2):
+        service = Service(tmp_path, Deployment.read(models[0]), shards=3)
+        if turn == 0:
+            for user in range(10):
+                sent(service, steps(f"x{user}", user, 7))
+        lists.append([service.recommend(f"x{u}", Wanted(k=3)).result().items for u in range(10)])
+        assert len(service.shards) == 3
+        service.close()
+    assert lists[0] == lists[1]
+
+
+def test_a_model_is_switched_and_rolled_back_while_events_come(
+    service: Service, models: list[Path]
+) -> None:
+    stop, number = threading.Event(), [0]
+
+    def send() -> None:
+        while not stop.is_set():
+            number[0] += 1
+            sent(service, steps(f"s{number[0] % 20}", number[0], 4, tag=f"{number[0]}-"))
+            first(service, f"s{number[0] % 20}")
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    names = [service.live.name]
+    for act in (lambda: service.switch(Deployment.read(models[1])), service.roll_back):
+        act()
+        names.append(service.live.name)
+    stop.set()
+    sender.join()
+    assert names[0] == names[2] != names[1]
+    # both models have read the same events
+    for user in range(20):
+        shard = service.shard_of(f"s{user}")
+        stands = {arenas[shard].standing(f"s{user}") for arenas in service._arenas.values()}
+        assert len(stands) == 1
+    with torch.no_grad():
+        assert len(service._arenas) == 2
+
+
+def test_an_erased_user_is_gone(service: Service) -> None:
+    sent(service, steps("gone", 0, 5))
+    sent(service, steps("stays", 0, 5))
+    assert service.erase("gone").result() == 5
+    assert service.info("gone") is None
+    sent(service, steps("gone", 0, 5))
+    assert service.info("gone") is None
+    assert service.info("stays") is not None
