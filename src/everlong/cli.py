@@ -1,4 +1,4 @@
-"""The command line: ``everlong demo, fit, evaluate, recommend, data, bench``.
+"""The command line: ``everlong demo, fit, evaluate, recommend, serve, data, bench``.
 
 Results go to standard output, everything else to standard error. Every command imports what it
 needs when it runs, so that help comes at once.
@@ -268,6 +268,25 @@ def recommend(
     typer.echo(columns(("user_id", "rank", "item_id", "score"), rows))
     if to is not None:
         write_json(to, json.loads(frame.write_json()))
+
+
+@app.command()
+def serve(
+    model: ModelDir,
+    data_dir: Annotated[Path, typer.Option(help="Where events and states are kept.")],
+    host: Annotated[str, typer.Option(help="Address; one that others reach needs keys.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 takes a free one.")] = 8_000,
+    keys: Annotated[
+        Path | None, typer.Option(help="JSON list of API keys: name, sha256, scopes.")
+    ] = None,
+    shards: Annotated[int, typer.Option(min=1, max=1_024, help="Of a new data folder.")] = 1,
+) -> None:
+    """Takes events and answers requests over HTTP until it is stopped."""
+    from everlong.service.run import run_service
+
+    run_service(model, data_dir, host=host, port=port, keys=keys, shards=shards, say=typer.echo)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import polars as pl
 import torch
@@ -67,6 +67,9 @@ class Deployment:
                 head = self.model.item_head()
             self.head = ItemHead(head.weight.detach().clone(), head.bias.detach().clone())
         self.unavailable: frozenset[Id] = frozenset()
+        known = recommender.users.ids[:1]
+        self.user_type: type[Any] = type(known[0]) if known else str
+        self.item_type: type[Any] = str if self.item_ids.dtype == pl.String else int
 
     @classmethod
     def read(cls, folder: str | Path) -> Deployment:

@@ -23,7 +23,7 @@ from everlong import state as states
 from everlong.atomic import write_bytes
 from everlong.service.arena import Arena, Standing
 from everlong.service.deployment import Deployment, Listed, Wanted
-from everlong.service.log import DamagedError, Event, Id, Receipt
+from everlong.service.log import DamagedError, Event, EventLog, Id, Receipt, Stored
 from everlong.service.reader import Reader
 from everlong.service.shard import Shard
 from everlong.state import State
@@ -145,6 +145,23 @@ class Service:
         if standing is None:
             return None
         return UserInfo(number, standing, arena.bytes_per_user)
+
+    def history(self, user_id: Id, count: int) -> list[Stored]:
+        """The last events of a user, newest first."""
+        log = EventLog(self._shard(user_id).log.path)
+        try:
+            return log.of_user(user_id)[: -count - 1 : -1]
+        finally:
+            log.close()
+
+    def offset_of(self, user_id: Id) -> int:
+        """Every event of a user's shard up to here is in the live states."""
+        return self._arenas[self.live.name][self.shard_of(user_id)].offset
+
+    @property
+    def bytes_per_user(self) -> int:
+        """State and standing in the live model."""
+        return self._arenas[self.live.name][0].bytes_per_user
 
     @property
     def num_users(self) -> int:

@@ -1,0 +1,400 @@
+"""The service over HTTP."""
+
+# annotations are read when routes are made, so they are not left for later in this module
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from everlong import __version__
+from everlong.service.deployment import Deployment, Listed, Wanted
+from everlong.service.keys import Keys, Scope
+from everlong.service.log import Event, Id
+from everlong.service.messages import (
+    MAX_K,
+    ErasedOut,
+    ErrorOut,
+    EventIn,
+    EventOut,
+    EventsIn,
+    EventsOut,
+    ItemOut,
+    ListOut,
+    ModelIn,
+    ModelOut,
+    RankIn,
+    ReceiptOut,
+    RecommendIn,
+    UserOut,
+)
+from everlong.service.metrics import Metrics
+from everlong.service.service import Placed, Service
+from everlong.service.shard import FullError
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 1 << 20
+ANSWER_S = 2.0
+"""A request that takes longer is given up."""
+
+STALE_S = 0.05
+"""How long a request waits for the event that it wants to be in the state."""
+
+HISTORY = 100
+"""Events of a user that are told."""
+
+WRONG: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorOut} for code in (401, 403, 404, 413, 429, 503)
+}
+
+
+def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
+    """The application around a service, which it closes when it ends.
+
+    Args:
+        service: open, with its states.
+        keys: who may do what; without any, everybody may do everything.
+    """
+    state = _State(service, keys or Keys())
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.draining = True
+        await run_in_threadpool(service.close)
+
+    app = FastAPI(
+        title="everlong",
+        version=__version__,
+        description="Events in, recommendations out, nothing lost.",
+        lifespan=life,
+        # their pages load scripts from elsewhere
+        docs_url=None,
+        redoc_url=None,
+        responses=WRONG,
+    )
+    app.add_middleware(BodyLimit)
+    app.middleware("http")(state.measure)
+    app.exception_handler(FullError)(_refuse)
+    _add_events(app, state)
+    _add_reads(app, state)
+    _add_models(app, state)
+    _add_health(app, state)
+    return app
+
+
+class _State:
+    """What the routes share."""
+
+    def __init__(self, service: Service, keys: Keys) -> None:
+        self.service, self.keys = service, keys
+        self.metrics = Metrics(service)
+        self.draining = False
+        self._bearer = HTTPBearer(auto_error=False)
+
+    def needs(self, scope: Scope) -> Any:
+        """A dependency that lets through who may do something."""
+
+        async def check(
+            given: Annotated[HTTPAuthorizationCredentials | None, Depends(self._bearer)],
+        ) -> None:
+            allowed = self.keys.allow(given.credentials if given else None, scope)
+            if allowed is None:
+                raise HTTPException(
+                    401, "expected a key: Authorization: Bearer ...", {"WWW-Authenticate": "Bearer"}
+                )
+            if not allowed:
+                raise HTTPException(403, f"this key may not do that: expected scope {scope}")
+
+        return Depends(check)
+
+    async def measure(
+        self, request: Request, proceed: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
+        """Counts a request and its time by route, never by what is in it."""
+        began = time.perf_counter()
+        response = await proceed(request)
+        route = request.scope.get("route")
+        name = getattr(route, "path", "other")
+        self.metrics.observe(name, response.status_code, time.perf_counter() - began)
+        return response
+
+    def user(self, user_id: Id) -> Id:
+        """A user id of the type that the log has.
+
+        Raises:
+            HTTPException: 422 if it is of another.
+        """
+        return _typed("user_id", user_id, self.service.live.user_type)
+
+    def item(self, item_id: Id) -> Id:
+        """An item id of the type that the catalogue has."""
+        return _typed("item_id", item_id, self.service.live.item_type)
+
+    def event(self, given: EventIn) -> Event:
+        """An event as the log takes it."""
+        missing = set(self.service.live.model.event_fields) - set(given.fields)
+        if missing:
+            raise HTTPException(
+                422, f"the model reads the fields {sorted(missing)} of events: expected them"
+            )
+        user_id, item_id = self.user(given.user_id), self.item(given.item_id)
+        name = given.event_id or str(
+            uuid.uuid5(uuid.NAMESPACE_OID, repr((user_id, item_id, given.timestamp)))
+        )
+        return Event(name, user_id, item_id, given.timestamp, given.fields)
+
+    def listed(self, found: Listed, user_id: Id, *, stale: bool = False) -> ListOut:
+        """A list as it is told."""
+        return ListOut(
+            items=[
+                ItemOut(item_id=item, score=score)
+                for item, score in zip(found.items, found.scores, strict=True)
+            ],
+            model=self.service.live.name,
+            known=self.service.info(user_id) is not None,
+            stale=stale,
+        )
+
+
+def _typed(name: str, value: Id, kind: type[Any]) -> Id:
+    if type(value) is kind:
+        return value
+    raise HTTPException(
+        422, f"{name}: expected {kind.__name__} as in the log, received {type(value).__name__}"
+    )
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": str(error)}, 429, {"Retry-After": "1"})
+
+
+async def _within(awaited: Awaitable[Any]) -> Any:
+    try:
+        return await asyncio.wait_for(awaited, ANSWER_S)
+    except TimeoutError:
+        raise HTTPException(503, "no answer in time; try again", {"Retry-After": "1"}) from None
+    except OSError as error:
+        log.error("events cannot be written: %s", error)
+        raise HTTPException(
+            503, "events cannot be written now; try again", {"Retry-After": "5"}
+        ) from None
+
+
+def _add_events(app: FastAPI, state: _State) -> None:
+    service = state.service
+
+    @app.post("/v1/events", dependencies=[state.needs("ingest")])
+    async def post_events(given: EventsIn) -> EventsOut:
+        """Takes events; the answer comes when they are on disk and in the states."""
+        events = [state.event(event) for event in given.events]
+        placed = await _within(_placed(service, events))
+        return EventsOut(
+            receipts=[
+                ReceiptOut(shard=one.shard, offset=one.receipt.offset, new=one.receipt.new)
+                for one in placed
+            ]
+        )
+
+    @app.delete("/v1/users/{user_id}", dependencies=[state.needs("admin")])
+    async def erase_user(user_id: str) -> ErasedOut:
+        """Overwrites a user's events and states."""
+        name = _from_path(user_id, service.live.user_type)
+        count = await asyncio.wrap_future(service.erase(name))
+        return ErasedOut(events=count)
+
+
+async def _placed(service: Service, events: list[Event]) -> list[Placed]:
+    """Receipts in the order of the events."""
+    order = service.by_shard(events)
+    futures = [asyncio.wrap_future(future) for future in service.ingest(events)]
+    found = dict(zip(order, await asyncio.gather(*futures), strict=True))
+    receipts = {number: iter(some) for number, some in found.items()}
+    shards = (service.shard_of(event.user_id) for event in events)
+    return [Placed(number, next(receipts[number])) for number in shards]
+
+
+def _add_reads(app: FastAPI, state: _State) -> None:
+    service = state.service
+
+    @app.post("/v1/recommend", dependencies=[state.needs("read")])
+    async def recommend(given: RecommendIn) -> ListOut:
+        """The best items for a user, from the state alone."""
+        user_id = state.user(given.user_id)
+        wanted = Wanted(
+            k=given.k,
+            at=given.at,
+            leave_out=[state.item(item) for item in given.leave_out],
+            among=None if given.among is None else [state.item(item) for item in given.among],
+        )
+        fresh = await _reached(service, user_id, given.min_offset)
+        future = service.recommend(user_id, wanted, filter_seen=given.filter_seen)
+        found = await _within(asyncio.wrap_future(future))
+        return state.listed(found, user_id, stale=not fresh)
+
+    @app.post("/v1/rank", dependencies=[state.needs("read")])
+    async def rank(given: RankIn) -> ListOut:
+        """Candidates in order; those that are not in the catalogue are left out."""
+        user_id = state.user(given.user_id)
+        candidates = [state.item(item) for item in given.candidates]
+        found = await _within(run_in_threadpool(service.rank, user_id, candidates, given.at))
+        return state.listed(found, user_id)
+
+    @app.get("/v1/items/{item_id}/similar", dependencies=[state.needs("read")])
+    async def similar(item_id: str, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> ListOut:
+        """The items nearest to one."""
+        name = _from_path(item_id, service.live.item_type)
+        try:
+            found = await run_in_threadpool(service.live.similar, name, k)
+        except TypeError as error:
+            raise HTTPException(404, str(error)) from None
+        if found is None:
+            raise HTTPException(404, "no such item in the catalogue")
+        items = zip(found.items, found.scores, strict=True)
+        return ListOut(
+            items=[ItemOut(item_id=item, score=score) for item, score in items],
+            model=service.live.name,
+        )
+
+    @app.get("/v1/users/{user_id}", dependencies=[state.needs("read")])
+    async def user(user_id: str) -> UserOut:
+        """What is known of a user."""
+        name = _from_path(user_id, service.live.user_type)
+        info = service.info(name)
+        if info is None:
+            raise HTTPException(404, "no such user")
+        events = await run_in_threadpool(service.history, name, HISTORY)
+        return UserOut(
+            user_id=name,
+            shard=info.shard,
+            events=info.standing.events,
+            last_offset=info.standing.offset,
+            newest=info.standing.newest,
+            state_bytes=info.state_bytes,
+            history=[
+                EventOut(offset=event.offset, item_id=event.item_id, timestamp=event.time)
+                for event in events
+            ],
+        )
+
+
+async def _reached(service: Service, user_id: Id, offset: int) -> bool:
+    """Whether the states of a user's shard have an event, after a moment at most."""
+    until = time.monotonic() + STALE_S
+    while service.offset_of(user_id) < offset:
+        if time.monotonic() > until:
+            return False
+        await asyncio.sleep(0.002)
+    return True
+
+
+def _from_path(value: str, kind: type[Any]) -> Id:
+    """An id from a path, of the type that the log has."""
+    if kind is str:
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise HTTPException(422, f"expected an integer id, received {value[:32]!r}") from None
+
+
+def _add_models(app: FastAPI, state: _State) -> None:
+    service = state.service
+
+    def told() -> ModelOut:
+        live, previous = service.live, service.previous
+        return ModelOut(
+            name=live.recommender.origin.model,
+            digest=live.name,
+            items=len(live.item_ids),
+            users=service.num_users,
+            bytes_per_user=service.bytes_per_user,
+            previous=None if previous is None else previous.name,
+        )
+
+    @app.get("/v1/model", dependencies=[state.needs("read")])
+    async def model() -> ModelOut:
+        """The model that answers."""
+        return told()
+
+    @app.post("/v1/model", dependencies=[state.needs("admin")])
+    async def switch(given: ModelIn) -> ModelOut:
+        """Builds the states of another model while serving, and makes it live."""
+        try:
+            deployment = await run_in_threadpool(Deployment.read, given.folder)
+            await run_in_threadpool(service.switch, deployment)
+        except (ValueError, OSError) as error:
+            raise HTTPException(422, f"this model cannot be served: {error}") from None
+        return told()
+
+    @app.post("/v1/model/rollback", dependencies=[state.needs("admin")])
+    async def roll_back() -> ModelOut:
+        """Makes the model live again that was live before."""
+        try:
+            await run_in_threadpool(service.roll_back)
+        except ValueError as error:
+            raise HTTPException(404, str(error)) from None
+        return told()
+
+
+def _add_health(app: FastAPI, state: _State) -> None:
+    service = state.service
+
+    @app.get("/livez")
+    async def livez() -> dict[str, str]:
+        """The process turns."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        """Requests may come: states are there, the log can be written, nothing is ending."""
+        if state.draining:
+            raise HTTPException(503, "draining")
+        if not all(shard.writable for shard in service.shards):
+            raise HTTPException(503, "events cannot be written")
+        return {"status": "ready"}
+
+    @app.get("/metrics", dependencies=[state.needs("admin")], include_in_schema=False)
+    async def metrics() -> Response:
+        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class BodyLimit:
+    """Refuses bodies above ``MAX_BODY``, also those that do not say how long they are."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY:
+                answer = JSONResponse(
+                    {"detail": f"a body has at most {MAX_BODY} bytes; send less at once"}, 413
+                )
+                await answer(scope, receive, send)
+                return
+        whole: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            return whole.pop() if whole else await receive()
+
+        await self.app(scope, replay, send)

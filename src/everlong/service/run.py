@@ -1,0 +1,95 @@
+"""The service as a process: what it needs, where it listens, how it ends."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from everlong.service.deployment import Deployment
+from everlong.service.keys import Keys
+from everlong.service.service import Service
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 20
+"""How long requests in flight may take once the service is to end."""
+
+
+def run_service(
+    model: Path,
+    data_dir: Path,
+    *,
+    host: str,
+    port: int,
+    keys: Path | None,
+    shards: int,
+    say: Callable[[str], None],
+) -> None:
+    """Serves until SIGTERM or Ctrl-C; then answers what is in flight and writes all states.
+
+    Args:
+        model: the model folder that answers.
+        data_dir: where events and states are.
+        host: address to listen on.
+        port: 0 takes a free one, which is told.
+        keys: file of API keys.
+        shards: of a new data folder.
+        say: takes lines for the user.
+
+    Raises:
+        ImportError: without the extra ``serve``.
+        ValueError: if others could reach the service and there are no keys, or the model or the
+            data are not whole.
+        OSError: if the address is taken or the data cannot be opened.
+    """
+    try:
+        import uvicorn
+
+        from everlong.service.app import make_app
+    except ImportError as error:
+        raise ImportError('serving takes more: pip install "everlong[serve]"') from error
+    known = Keys() if keys is None else Keys.read(keys)
+    if not len(known) and not is_loopback(host):
+        raise ValueError(
+            f"others can reach {host}: expected --keys with a file of API keys, received none; or "
+            "listen on 127.0.0.1"
+        )
+    # one product at a time: threads of one product would wait for the writer's core
+    torch.set_num_threads(1)
+    deployment = Deployment.read(model)
+    with socket.create_server((host, port), family=family_of(host)) as listener:
+        service = Service(data_dir, deployment, shards=shards)
+        app = make_app(service, known)
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            log_level="warning",
+            lifespan="on",
+            timeout_graceful_shutdown=DRAIN_S,
+            timeout_keep_alive=30,
+            server_header=False,
+        )
+        bound = listener.getsockname()
+        say(f"serving {deployment.recommender.origin.model} on http://{bound[0]}:{bound[1]}")
+        say(f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}")
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """IPv6 for its addresses, else IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
