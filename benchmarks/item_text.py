@@ -99,7 +99,7 @@ CONTESTANTS: Mapping[str, tuple[str, bool, Mapping[str, Any]]] = {
 }
 """Model, whether its items have vectors, and its settings."""
 
-COLD = ("lru, id", "lru, id + text", "lru, text", "hstu, id + text", "hllm, text")
+COLD = ("lru, id", "lru, id + text", "lru, text", "hllm, text")
 BUDGETS: Mapping[str, Mapping[str, Any]] = {
     "ml-1m": {"epochs": 20, "batch_events": 8192, "lr": 2e-3, "validate_every": 4, "patience": 3},
     "ml-latest-small": {"epochs": 40, "batch_events": 2048, "lr": 2e-3, "validate_every": 2},
@@ -157,7 +157,7 @@ def run(
     events = log_of(data, data_dir)
     model, with_text, shape = CONTESTANTS[contestant]
     shape = {**shape, **json.loads(architecture)}
-    budget = {"patience": 6, **BUDGETS[data], "seed": seed, **json.loads(training)}
+    budget = {"patience": 3, **BUDGETS[data], "seed": seed, **json.loads(training)}
     name = name or file_name(data, contestant, seed)
     began = time.perf_counter()
     recommender = fit(
@@ -245,7 +245,7 @@ def cold(data: str, seed: int = 0, data_dir: Path = DATA_DIR) -> None:
     found = {}
     for contestant in COLD:
         model, with_text, shape = CONTESTANTS[contestant]
-        budget = {"patience": 6, **BUDGETS[data], "seed": seed}
+        budget = {"patience": 3, **BUDGETS[data], "seed": seed}
         recommender = fit(
             events,
             model,
