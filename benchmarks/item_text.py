@@ -12,7 +12,9 @@ what is learned is their projection. Warm items: the protocols and budgets of ``
 Cold items: a fifth of the items, drawn at random, and all their events are taken out of the log;
 what is left of each history up to nine tenths of it is trained on. Then the held-out items are
 added by their texts, and every event with one in the last tenth of a history is a target, ranked
-among the held-out items alone. Means over targets of a user, then over users, 95 % bootstrap.
+among the held-out items alone, without those that the user had before where nobody has an item
+twice. The cut is at nine tenths of each history, not at one time: others' events may be later.
+Ties are broken at random. Means over targets of a user, then over users, 95 % bootstrap.
 """
 
 from __future__ import annotations
@@ -69,14 +71,16 @@ class Words(NamedTuple):
 
     columns: Sequence[str]
     group: str
+    separator: str = "|"
+    repeats: bool = False  # whether people have an item more than once
 
 
 WORDS: Mapping[str, Words] = {
     "ml-1m": Words(("title", "genres"), "genres"),
     "ml-latest-small": Words(("title", "genres"), "genres"),
     # the last word says what a thing is: BAG, CLOCK, CANDLE
-    "online-retail": Words(("title",), "noun"),
-    "ifdb-played": Words(("doc_text",), "genre"),
+    "online-retail": Words(("title",), "noun", repeats=True),
+    "ifdb-played": Words(("doc_text",), "genre", separator="/"),
 }
 TEXT, BOTH = {"ids": False}, {}
 DECODER = {"layers": 2, "heads": 2, "dropout": 0.2}
@@ -106,7 +110,7 @@ BUDGETS: Mapping[str, Mapping[str, Any]] = {
     "online-retail": {"epochs": 20, "batch_events": 4096, "lr": 2e-3, "validate_every": 2},
     "ifdb-played": {"epochs": 40, "batch_events": 2048, "lr": 2e-3, "validate_every": 2},
 }
-HELD_OUT, PAST = 0.2, 0.9
+HELD_OUT, PAST, DRAWS = 0.2, 0.9, 20
 app = typer.Typer(help=__doc__, add_completion=False)
 
 
@@ -158,6 +162,8 @@ def run(
     model, with_text, shape = CONTESTANTS[contestant]
     shape = {**shape, **json.loads(architecture)}
     budget = {"patience": 3, **BUDGETS[data], "seed": seed, **json.loads(training)}
+    if not name and (architecture, training) != ("{}", "{}"):
+        raise typer.BadParameter("a search needs a --name of its own")
     name = name or file_name(data, contestant, seed)
     began = time.perf_counter()
     recommender = fit(
@@ -203,6 +209,8 @@ class ColdCase(NamedTuple):
     warm: pl.DataFrame  # user_id, item_id, timestamp
     held_out: pl.Series  # item ids
     targets: pl.DataFrame  # user_id, item_id
+    had: pl.DataFrame  # user_id, item_id: held-out items before, no candidates
+    groups: pl.DataFrame  # item_id, group: one row for each group of an item
 
 
 def cold_case(data: str, data_dir: Path, seed: int) -> ColdCase:
@@ -230,7 +238,19 @@ def cold_case(data: str, data_dir: Path, seed: int) -> ColdCase:
     rich = warm.group_by("user_id").len().filter(pl.col("len") >= 5)["user_id"]
     targets = frame.filter("cold", "later", pl.col("user_id").is_in(rich.implode()))
     ids = events.item_ids.ids(np.flatnonzero(held_out))
-    return ColdCase(warm, ids, targets.select("user_id", "item_id"))
+    had = frame.filter("cold", ~pl.col("later"))
+    words = WORDS[data]
+    groups = item_table(data, data_dir).select(
+        pl.col("item_id").cast(ids.dtype),
+        group=pl.col("group").fill_null("").str.split(words.separator),
+    )
+    return ColdCase(
+        warm,
+        ids,
+        targets.select("user_id", "item_id"),
+        had.clear() if words.repeats else had,
+        groups.explode("group"),
+    )
 
 
 @app.command()
@@ -258,19 +278,18 @@ def cold(data: str, seed: int = 0, data_dir: Path = DATA_DIR) -> None:
         )
         if with_text:
             recommender.add_items(described_held_out)
-            scores = scores_of(recommender, users, case.held_out)
+            scores = [scores_of(recommender, users, case.held_out)]
         else:
-            scores = untrained(recommender, users, len(case.held_out), seed)
+            # what training would have begun with; many draws, for users' vectors are alike
+            scores = [untrained(recommender, users, len(case.held_out), n) for n in range(DRAWS)]
         found[contestant] = measured_among(case, users, scores)
         print(data, contestant, found[contestant], flush=True)
-    rows = by_group(case, item_table(data, data_dir))
-    found["popularity of the group"] = measured_among(
-        case, users, np.broadcast_to(rows, (len(users), len(rows)))
-    )
     generator = np.random.default_rng(seed)
-    found["random"] = measured_among(
-        case, users, generator.random((len(users), len(case.held_out)))
-    )
+    rate, share = by_group(case, users)
+    shape = (len(users), len(case.held_out))
+    found["popularity of the group"] = measured_among(case, users, [np.broadcast_to(rate, shape)])
+    found["groups of the user"] = measured_among(case, users, [share])
+    found["random"] = measured_among(case, users, [generator.random(shape) for _ in range(DRAWS)])
     record = {"data": data, "seed": seed, "held_out": len(case.held_out), "found": found}
     write(f"cold-{data}-{seed}", {**record, "versions": versions(), "hardware": hardware()})
     print(json.dumps({k: v["NDCG@10"] for k, v in found.items()}, indent=1))
@@ -300,38 +319,61 @@ def untrained(recommender: Recommender, users: pl.Series, count: int, seed: int)
     return (known @ vectors.T).numpy()
 
 
-def by_group(case: ColdCase, items: pl.DataFrame) -> np.ndarray:
-    """``[C]`` how often the warm items of an item's groups were chosen, the mean of its groups."""
-    groups = items.select("item_id", group=pl.col("group").fill_null("").str.split("|")).explode(
-        "group"
-    )
-    chosen = case.warm.join(groups.cast({"item_id": case.warm["item_id"].dtype}), on="item_id")
-    counts = chosen.group_by("group").len()
-    mine = groups.join(counts, on="group", how="left").group_by("item_id").agg(pl.col("len").mean())
-    mine = mine.cast({"item_id": case.held_out.dtype})
-    found = pl.DataFrame({"item_id": case.held_out}).join(
-        mine, on="item_id", how="left", maintain_order="left"
-    )
-    return found["len"].fill_null(0.0).to_numpy()
+def by_group(case: ColdCase, users: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of held-out items by the groups that they are in, means over these.
+
+    Returns:
+        ``[C]`` events of a warm item of the group, and ``[U, C]`` the group's share of a user's
+        history.
+    """
+    warm = case.warm.join(case.groups, on="item_id")
+    rate = warm.group_by("group").agg(score=pl.len() / pl.col("item_id").n_unique())
+    column = pl.DataFrame({"item_id": case.held_out, "column": np.arange(len(case.held_out))})
+    mine = case.groups.join(column, on="item_id")
+    found = mine.join(rate, on="group").group_by("column").agg(pl.col("score").mean())
+    by_item = np.zeros(len(case.held_out))
+    by_item[found["column"].to_numpy()] = found["score"].to_numpy()
+    row = pl.DataFrame({"user_id": users, "row": np.arange(len(users))})
+    shares = warm.join(row, on="user_id").group_by("row", "group").len()
+    shares = shares.with_columns(pl.col("len") / pl.col("len").sum().over("row"))
+    pairs = shares.join(mine, on="group").group_by("row", "column").agg(pl.col("len").mean())
+    by_user = np.zeros((len(users), len(case.held_out)))
+    by_user[pairs["row"].to_numpy(), pairs["column"].to_numpy()] = pairs["len"].to_numpy()
+    return by_item, by_user
 
 
-def measured_among(case: ColdCase, users: pl.Series, scores: np.ndarray) -> dict[str, Any]:
-    """Metrics of the targets among the held-out items, ties counted half."""
+def measured_among(case: ColdCase, users: pl.Series, draws: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Metrics of the targets among the held-out items, means over draws of scores ``[U, C]``."""
     row = {u: n for n, u in enumerate(users.to_list())}
     column = {i: n for n, i in enumerate(case.held_out.to_list())}
     owner = np.array([row[u] for u in case.targets["user_id"].to_list()])
     item = np.array([column[i] for i in case.targets["item_id"].to_list()])
-    target = scores[owner, item]
-    above = (scores[owner] > target[:, None]).sum(1)
-    equal = (scores[owner] == target[:, None]).sum(1) - 1
-    ranks = 1 + above + equal // 2
-    names = ("NDCG@10", "HitRate@10", "MRR@10")
-    metrics = estimate(ranks.astype(np.int64), owner, [parse_metric(n) for n in names])
-    return {
-        "targets": len(ranks),
-        "users": len(users),
-        **{name: value._asdict() for name, value in metrics.items()},
+    had = np.zeros((len(users), len(column)), dtype=bool)
+    for u, i in case.had.select("user_id", "item_id").iter_rows():
+        if u in row:
+            had[row[u], column[i]] = True
+    had[owner, item] = False
+    names, found = ("NDCG@10", "HitRate@10", "MRR@10"), []
+    for number, scores in enumerate(draws):
+        # the order of equal scores is anybody's: a jitter below all differences decides
+        jitter = np.random.default_rng(number).permuted(
+            np.broadcast_to(np.arange(scores.shape[1]), scores.shape), axis=1
+        )
+        order = np.lexsort((jitter, np.where(had, -np.inf, scores)), axis=1)
+        place = np.empty_like(order)
+        np.put_along_axis(
+            place, order, np.broadcast_to(np.arange(order.shape[1])[::-1], order.shape), axis=1
+        )
+        ranks = 1 + place[owner, item]
+        found.append(estimate(ranks.astype(np.int64), owner, [parse_metric(n) for n in names]))
+    means = {
+        name: {
+            part: float(np.mean([getattr(one[name], part) for one in found]))
+            for part in ("mean", "low", "high")
+        }
+        for name in names
     }
+    return {"targets": len(item), "users": len(users), **means}
 
 
 @app.command()

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -212,6 +213,40 @@ def test_fit_begins_with_a_language_model(language_model: Path) -> None:
     )
     with pytest.raises(ValueError, match="over a decoder"):
         everlong.fit(log, "lru", pretrained=language_model)
+
+
+def test_a_model_without_all_weights_is_refused(language_model: Path) -> None:
+    file = language_model / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is not whole.*up_proj"):
+        decoder_of(language_model)
+
+
+def test_another_language_model_does_not_go_on_with_a_run(
+    language_model: Path, tmp_path: Path
+) -> None:
+    rows = [(u, (u + n) % ITEMS, 10**9 + n) for u in range(12) for n in range(6)]
+    log = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+
+    def run() -> None:
+        everlong.fit(
+            log,
+            "hllm",
+            pretrained=language_model,
+            training={"epochs": 1},
+            protocol="paper",
+            folder=tmp_path / "run",
+            resume=True,
+        )
+
+    run()
+    run()
+    file = language_model / "model.safetensors"
+    save_file({k: v + 0.01 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="another run"):
+        run()
 
 
 def test_weights_that_do_not_fit(language_model: Path) -> None:

@@ -10,6 +10,7 @@ from everlong import state as states
 from everlong.batch import Batch
 from everlong.model import CountingModel, UserModel
 from everlong.models import BUILTIN, config_class, load_model_class
+from everlong.models.item_vectors import item_vectors
 from everlong.testing import check_model
 
 ITEMS = 20
@@ -42,12 +43,16 @@ def one_thread():
     numba.set_num_threads(threads[1])
 
 
-def small(name: str) -> UserModel:
+def config_fields(name: str) -> set[str]:
+    return {f.name for f in dataclasses.fields(config_class(load_model_class(name)))}
+
+
+def small(name: str, **settings: object) -> UserModel:
     model_class = load_model_class(name)
     config = config_class(model_class)
-    sizes = {f.name: SMALL[f.name] for f in dataclasses.fields(config) if f.name in SMALL}
+    sizes = {key: SMALL[key] for key in config_fields(name) & set(SMALL)}
     torch.manual_seed(0)
-    model = model_class(config(num_items=ITEMS, **sizes))
+    model = model_class(config(num_items=ITEMS, **sizes, **settings))
     if isinstance(model, CountingModel):
         histories = torch.randint(ITEMS, (30, 10)).tolist()
         model.observe(Batch.from_histories(histories))
@@ -100,3 +105,25 @@ def test_a_constructor_without_a_config_is_named() -> None:
 
     with pytest.raises(TypeError, match=r"Bare\.__init__"):
         config_class(Bare)
+
+
+VECTORS = [name for name in BUILTIN if "vectors" in config_fields(name)]
+
+
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("name", VECTORS)
+def test_narrow_products_leave_states_as_they_are(name: str, ids: bool) -> None:
+    model = small(name, vectors=6, ids=ids)
+    items = item_vectors(model)
+    assert items is not None
+    items.fill(torch.randn(ITEMS, 6))
+    batch = Batch.from_histories([[1, 2, 3] * 20, [], [4]])
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, state = model.encode(batch)
+        trained = model(batch, state)
+        state = model.advance(batch, state)
+        one = Batch.one_event_each(torch.tensor([1, 2, 3]), torch.tensor([7, 7, 7]))
+        state = model.step(one, state)
+        scores = model.score(state)
+    assert all(v.dtype == torch.float32 for v in state if v.is_floating_point())
+    assert all(bool(torch.isfinite(values).all()) for values in (outputs, trained, scores))

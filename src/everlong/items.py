@@ -86,7 +86,8 @@ class ItemTable:
             ``[I, V]`` float32, zeros where this table has no vector of an item.
 
         Raises:
-            ValueError: if there is no vector column, or ids are of another kind.
+            ValueError: if there is no vector column, a number in it is not finite, or ids are of
+                another kind.
         """
         if not self.vectors:
             raise ValueError(
@@ -95,6 +96,12 @@ class ItemTable:
             )
         rows = self.item_ids.rows(item_ids.ids(np.arange(len(item_ids))))
         joined = np.concatenate([self.vectors[name] for name in self.vector_widths], axis=1)
+        broken = np.flatnonzero(~np.isfinite(joined).all(axis=1))
+        if broken.size:
+            raise ValueError(
+                f"expected finite vectors, received others for {broken.size} items, e.g. "
+                f"{self.item_ids.ids(broken[:1])[0]!r}; make their vectors again"
+            )
         found = np.zeros((len(rows), joined.shape[1]), dtype=np.float32)
         found[rows >= 0] = joined[rows[rows >= 0]]
         return found

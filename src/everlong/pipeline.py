@@ -111,6 +111,8 @@ def fit(
         device=device,
     )
     data = data_facts(events)
+    if pretrained is not None:
+        data["pretrained"] = str(pretrained)
     if items is not None and vectors is not None:
         data["item_vectors"] = items.vector_widths
     origin = Origin(

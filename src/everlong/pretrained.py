@@ -6,6 +6,7 @@ windows of such a model do not matter here: a window is the user model's own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,21 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
         ValueError: if there is no such model, or it does not fit the decoder.
     """
     try:
-        model = _transformers().AutoModel.from_pretrained(
-            str(name), trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        model, facts = _transformers().AutoModel.from_pretrained(
+            str(name),
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise _not_there(name, error) from error
+    missing = sorted(key for key in facts["missing_keys"] if "embed_tokens" not in key)
+    if missing:
+        raise ValueError(
+            f"{name} is not whole: expected all weights of its layers, received none for "
+            f"{', '.join(missing[:3])}; fetch the model again"
+        )
     weights: dict[str, Tensor] = dict(model.state_dict())
     loaded = {"norm.weight": weights.pop("norm.weight")}
     rest = []
@@ -137,8 +148,13 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
             f"{name} does not fit the decoder: of {unfit[0]} expected {shapes[0]}, received "
             f"{shapes[1]}; build the decoder from decoder_architecture"
         )
-    for key, value in loaded.items():
+    digest = hashlib.sha256()
+    for key, value in sorted(loaded.items()):
         own[key].copy_(value)
+        digest.update(value.contiguous().numpy().tobytes())
+    # what was loaded tells one run from another, as vectors of items do
+    origin = torch.tensor(list(digest.digest()), dtype=torch.uint8)
+    decoder.register_buffer("origin", origin, persistent=False)
 
 
 def _transformers() -> Any:

@@ -29,7 +29,7 @@ from everlong.ids import IdMap
 from everlong.items import ItemTable
 from everlong.model import UserModel
 from everlong.models import config_class, load_model_class
-from everlong.models.item_vectors import for_serving, with_more_items
+from everlong.models.item_vectors import for_serving, same_space, with_more_items
 from everlong.provenance import versions
 from everlong.split import Protocol, Rows, split
 from everlong.table import Source
@@ -269,7 +269,14 @@ class Recommender:
             )
         ids = items.item_ids.ids(np.arange(items.num_items))
         vectors = items.joined_vectors(items.item_ids)
-        new = (self.item_ids.rows(ids) < 0) & vectors.any(axis=1)
+        rows, there = self.item_ids.rows(ids), vectors.any(axis=1)
+        new, known = (rows < 0) & there, (rows >= 0) & there
+        if not same_space(self.model, rows[known], vectors[known]):
+            raise ValueError(
+                "most items of the catalogue that are in the table have other vectors there than "
+                "in training: expected vectors of the same encoder, received others; make them in "
+                "the same way"
+            )
         larger = with_more_items(self.model, torch.from_numpy(vectors[new]))
         item_ids = self.item_ids.extended(ids.filter(pl.Series(new)))
         self.model, self.item_ids = for_serving(larger), item_ids

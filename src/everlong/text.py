@@ -27,6 +27,9 @@ class TextTemplate:
     form: str = ""
 
     def __post_init__(self) -> None:
+        given: object = self.columns
+        if isinstance(given, str):
+            raise ValueError(f"expected a tuple of columns, received {given!r}")
         if bool(self.columns) == bool(self.form):
             raise ValueError(
                 "a text is made from columns or by a form: expected one of the two, received "
@@ -54,7 +57,7 @@ class TextTemplate:
         for _, name, spec, conversion in parts:
             if name is None:
                 continue
-            if not name or spec or conversion or set(name) & set(".[]{}"):
+            if not name or spec or conversion or name.isdigit() or set(name) & set(".[]{}"):
                 raise ValueError(
                     f'expected plain names of columns in braces, such as "{{title}}", received '
                     f"{name!r} in {self.form!r}"

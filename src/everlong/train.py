@@ -255,7 +255,7 @@ class NextItem:
         self.model, self.dataset, self.config, self.device = model, dataset, config, device
         self.loss = _NextItemLoss(model, dataset, config, device)
         self.carried: State | None = None
-        self.facts: Mapping[str, Any] = _data_facts(dataset)
+        self.facts: Mapping[str, Any] = {**_data_facts(dataset), "given": _given(model)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -579,6 +579,19 @@ def _data_facts(dataset: Dataset) -> dict[str, Any]:
     for positions in dataset.segments:
         digest.update(np.ascontiguousarray(positions).data)
     return {"labels": dataset.num_labels, "fingerprint": digest.hexdigest()}
+
+
+def _given(model: UserModel) -> str:
+    """A digest of what a model is given and does not learn, such as the vectors of its items.
+
+    A checkpoint holds these too: with others a run would silently go on with the old ones.
+    """
+    digest = hashlib.sha256()
+    for name, value in model.named_buffers():
+        digest.update(name.encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+    return digest.hexdigest()
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ Before each validation, and at the end, the whole catalogue is encoded.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -64,18 +65,28 @@ def train_jointly(
     encoder.to(device)
     place = torch.device(device)
     devices = [place] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), attached(items, encoder):
+    with torch.random.fork_rng(devices=devices):
         task = JointNextItem(model, items, encoder, texts, dataset, config, place)
         items.fill(task.encoded())
-
-        def measured(trained: UserModel) -> dict[str, float]:
-            items.refill(task.encoded())
-            return {} if validate is None else validate(trained)
-
-        run = Run(task, model, config, None if validate is None else measured, folder)
-        result = run.run(resume)
+        with attached(items, encoder):
+            result = _run(task, items, validate, folder, resume)
         items.refill(task.encoded())
     return result
+
+
+def _run(
+    task: JointNextItem,
+    items: ItemVectors,
+    validate: Validate | None,
+    folder: Path | None,
+    resume: bool,
+) -> TrainResult:
+    def measured(trained: UserModel) -> dict[str, float]:
+        items.refill(task.encoded())
+        return {} if validate is None else validate(trained)
+
+    run = Run(task, task.model, task.config, None if validate is None else measured, folder)
+    return run.run(resume)
 
 
 def _items_of(model: UserModel, encoder: CausalEncoder, texts: Sequence[str]) -> ItemVectors:
@@ -90,6 +101,11 @@ def _items_of(model: UserModel, encoder: CausalEncoder, texts: Sequence[str]) ->
         raise ValueError(
             f"expected {expected[0]} texts and an encoder of width {expected[1]}, received "
             f"{len(texts)} and {encoder.width}"
+        )
+    if not any(parameter.requires_grad for parameter in encoder.parameters()):
+        raise ValueError(
+            "expected an encoder of which something is trained, received one that is frozen; give "
+            "its vectors to train() by encode_items"
         )
     if not any(text.strip() for text in texts):
         raise ValueError("expected texts, received none that is not empty; check the columns")
@@ -124,6 +140,10 @@ class JointNextItem(NextItem):
         self.known = torch.tensor([bool(text.strip()) for text in texts])
         self.tokens = encoder.tokenize(texts)
         self._piece = ExitStack()
+        read = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        # what the run begins from: neither texts nor the encoder may be others when it goes on
+        encoder.trained_from = encoder.trained_from or encoder.digest
+        self.facts = {**self.facts, "given": read, "encoder": encoder.trained_from}
 
     def accumulate(self, batch: TrainBatch) -> tuple[float, int]:
         with self._piece:

@@ -141,6 +141,8 @@ class CausalEncoder(nn.Module):
         self.prompt, self.max_tokens, self.row_tokens = prompt, max_tokens, row_tokens
         self.seed = seed
         self._adapters: dict[str, Any] | None = None
+        self.trained_from: str | None = None
+        """Its digest before it was trained with a model."""
         self.tokenizer, self.model = _load(folder, name, DTYPES[dtype])
         self._begin = self._leading()
         self._prompt_tokens = len(self._token_ids([prompt.rstrip()])[0]) if prompt else 0

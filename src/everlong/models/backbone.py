@@ -111,7 +111,10 @@ class Backbone(nn.Module):
 
     def user(self, values: Tensor) -> Tensor:
         """User vectors ``[N, D]`` of length 1 / temperature, from the output of the last layer."""
-        sharpness = self.log_sharpness_bias.clamp(max=math.log(100.0)).exp()
+        log_sharpness = self.log_sharpness_bias
+        # the bound lets gradients through, so that what has reached it can come back
+        beyond = (log_sharpness - math.log(100.0)).clamp(min=0.0).detach()
+        sharpness = (log_sharpness - beyond).exp()
         return functional.normalize(self.finish(values), dim=-1) * sharpness
 
     def item_head(self) -> ItemHead:

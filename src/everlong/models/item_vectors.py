@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -123,7 +124,7 @@ class ItemVectors(nn.Module):
         if items.numel() > self.config.num_items:
             # fewer products for the catalogue than for the events
             return torch.nn.functional.embedding(items, self.table())
-        projected: Tensor = self.project(self._current()[items])
+        projected = self._projected(self._current()[items])
         return projected if self.ids is None else self.ids(items) + projected
 
     def table(self) -> Tensor:
@@ -133,13 +134,14 @@ class ItemVectors(nn.Module):
         kept = None if torch.is_grad_enabled() or self._live is not None else self._kept
         if kept is not None and kept[0] == self._versions():
             return kept[1]
-        projected: Tensor = self.project(self._current())
+        projected = self._projected(self._current())
         return projected if self.ids is None else self.ids.weight + projected
 
     @torch.no_grad()
     def keep(self) -> None:
         """Computes the table for all calls without gradients until ``train()``: for serving."""
-        if self.project is not None:
+        # tensors of inference mode have no versions by which a change could be seen
+        if self.project is not None and not torch.is_inference_mode_enabled():
             self._kept = self._versions(), self.table()
 
     def train(self, mode: bool = True) -> ItemVectors:
@@ -153,6 +155,12 @@ class ItemVectors(nn.Module):
         """What changes when a parameter is moved, cast, loaded or filled."""
         tensors = [*self.parameters(), *self.buffers()]
         return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+    def _projected(self, vectors: Tensor) -> Tensor:
+        assert self.project is not None  # noqa: S101 - asked for where there are vectors
+        # products may be narrow, item vectors are as wide as embeddings are
+        projected: Tensor = self.project(vectors)
+        return projected.to(self.project.weight.dtype)
 
     def _current(self) -> Tensor:
         return self.vectors if self._live is None else self._live
@@ -178,6 +186,21 @@ def for_serving(model: UserModel) -> UserModel:
     if items is not None:
         items.keep()
     return model
+
+
+@torch.no_grad()
+def same_space(model: nn.Module, rows: np.ndarray, vectors: np.ndarray) -> bool:
+    """Whether vectors ``[n, V]`` of items ``rows [n]`` are, for the most part, those it has."""
+    items = item_vectors(model)
+    if items is None or items.project is None or len(rows) == 0:
+        return True
+    there = items.vectors[torch.from_numpy(rows)]
+    if vectors.shape[1] != there.shape[1]:
+        return False
+    given = items.prepared(torch.from_numpy(vectors))
+    # the text of an item may have changed since, that of most has not
+    alike = ((given - there).abs().amax(1) < 1e-2 * there.abs().amax(1).clamp(min=1e-6)).float()
+    return bool(alike.mean() >= 0.5)
 
 
 @torch.no_grad()

@@ -349,7 +349,7 @@ class Stream(UserModel):
         cuts = Cuts(rows, none, none, state.filled, newest, none)
         nothing = Batch(items=none[:0], times=none[:0], offsets=torch.cat([none, none[:1]]))
         outputs, _ = self._read(state, nothing, none, cuts, at)
-        return vectors.index_copy(0, some, outputs)
+        return vectors.index_copy(0, some, outputs.to(vectors.dtype))
 
     def item_head(self) -> ItemHead:
         """The embedding table, tied, as unit vectors."""

@@ -230,7 +230,7 @@ class Paper(UserModel):
             state.keys.flatten(0, 1), state.values.flatten(0, 1), state.token_times.flatten()
         )
         outputs, _ = self.reader(segments, carried, at)
-        return vectors.index_copy(0, some, outputs)
+        return vectors.index_copy(0, some, outputs.to(vectors.dtype))
 
     def item_head(self) -> ItemHead:
         """The embedding table, tied, as unit vectors."""

@@ -109,7 +109,7 @@ class Ring(UserModel):
         key, value = (part[some, -1].flatten(0, 1) for part in (state.keys, state.values))
         sight = Sight(plan, at, times.flatten())
         outputs = self.backbone.layers[-1](state.newest[some], key, value, sight)
-        return vectors.index_copy(0, some, self.backbone.user(outputs))
+        return vectors.index_copy(0, some, self.backbone.user(outputs).to(vectors.dtype))
 
     def item_head(self) -> ItemHead:
         """The embedding table, tied, as unit vectors."""

@@ -112,7 +112,9 @@ def _attend(
         attn_mask=(visible | empty)[:, None],
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return found.transpose(1, 2).masked_fill(empty[..., None], 0.0)[block.valid]
+    # autocast makes it narrow, and what it is added to is not
+    found = found.transpose(1, 2).to(query.dtype)
+    return found.masked_fill(empty[..., None], 0.0)[block.valid]
 
 
 def _chunks(plan: Sequence[Blocks], heads: int) -> Iterator[Blocks]:
