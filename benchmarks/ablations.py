@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from everlong.evaluate import evaluate
 from everlong.events import read_events
 from everlong.metrics import estimate, parse_metric
 from everlong.model import UserModel
+from everlong.models import config_class, load_model_class
 from everlong.models.persrec_paper import PaperPerSRec
 from everlong.provenance import hardware, versions
 from everlong.sources.synthetic import long_dependency
@@ -87,6 +89,30 @@ class Setting(NamedTuple):
                 str(r): {"recent": r} for r in (recent // 4, recent // 2, recent, 2 * recent)
             },
             "bias": {"relative bias": {}, "learned positions": {"relative_bias": False}},
+            # the same budget for all; each sees what it can
+            "models": {
+                "hstu, whole history": {"model": "hstu", "window": 2 * (past + recent)},
+                f"hstu, recent {recent - recent % 3 + 1}": {
+                    "model": "hstu",
+                    "window": recent // 3 + 1,
+                },
+                "persrec, one segment": {"placement": ((past, 8),)},
+                "persrec, four segments": {
+                    "placement": tuple((past * (i + 1) // 4, 2) for i in range(4))
+                },
+                "persrec, stream": {
+                    "model": "persrec",
+                    "segment": recent,
+                    "keep": recent // 2,
+                    "tokens": 8,
+                    "groups": 4,
+                },
+                "lru": {"model": "lru", "min_radius": 0.9, "max_radius": 0.999},
+                "sasrec, whole history": {"model": "sasrec", "window": 2 * (past + recent)},
+                f"sasrec, recent {recent}": {"model": "sasrec", "window": recent},
+                "popularity": {"model": "popularity"},
+                "markov": {"model": "markov"},
+            },
             "gap": {f"gaps up to {g}": {"max_gap": g} for g in (0, recent, 4 * recent)},
         }
         return found[ablation]
@@ -97,7 +123,7 @@ SETTINGS = {
     Log.real: Setting(PAST, RECENT, DROPOUT["ml-1m"], BUDGET),
     Log.synthetic: Setting(96, 32, 0.0, {**BUDGET, "batch_events": 4_096, "epochs": 30}),
 }
-ABLATIONS = ("tokens", "placement", "recent", "bias", "gap")
+ABLATIONS = ("models", "tokens", "placement", "recent", "bias", "gap")
 
 
 def main(ablation: str, log: Log = Log.real, seeds: int = 1, data_dir: Path = DATA_DIR) -> None:
@@ -158,7 +184,9 @@ def one(
     parts: Split, shape: Mapping[str, Any], seed: int, setting: Setting, ablation: str
 ) -> dict[str, Any]:
     """A variant trained, chosen on validation and tested."""
-    model = build("persrec_paper", shape, parts, seed)
+    name = str(shape.get("model", "persrec_paper"))
+    known = {f.name for f in fields(config_class(load_model_class(name)))}
+    model = build(name, {k: v for k, v in shape.items() if k in known}, parts, seed)
     train(
         model,
         Dataset(parts.events, parts.train),
