@@ -127,3 +127,15 @@ def test_narrow_products_leave_states_as_they_are(name: str, ids: bool) -> None:
         scores = model.score(state)
     assert all(v.dtype == torch.float32 for v in state if v.is_floating_point())
     assert all(bool(torch.isfinite(values).all()) for values in (outputs, trained, scores))
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_the_head_of_some_items_is_that_of_all(name: str) -> None:
+    model = small(name, vectors=6).double()
+    found = item_vectors(model)
+    assert found is not None
+    found.fill(torch.randn(ITEMS, 6))
+    items = torch.tensor([3, 0, 3, ITEMS - 1])
+    whole, some = model.item_head(), model.head_of(items)
+    torch.testing.assert_close(some.weight, whole.weight[items])
+    torch.testing.assert_close(some.bias, whole.bias[items])

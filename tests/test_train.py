@@ -22,7 +22,7 @@ from everlong.checkpoint import FILE, LOG
 from everlong.dataset import Dataset, TrainBatch
 from everlong.events import Events, read_events
 from everlong.interrupt import Interrupted
-from everlong.losses import nce
+from everlong.losses import Negatives, NegativeSampler
 from everlong.model import UserModel
 from everlong.models.gru4rec import GRU4Rec, GRU4RecConfig
 from everlong.models.hstu import HSTU, HSTUConfig
@@ -556,11 +556,14 @@ def test_other_models_learn_and_resume_too(
 def test_a_model_learns_by_nce(monkeypatch: pytest.MonkeyPatch) -> None:
     draws: list[list[int]] = []
 
-    def recorded(*given: Any, dtype: torch.dtype) -> Tensor:
-        draws.append(given[3].tolist())
-        return nce(*given, dtype=dtype)
+    draw = NegativeSampler.draw
 
-    monkeypatch.setattr("everlong.train.nce", recorded)
+    def recorded(sampler: NegativeSampler) -> Negatives:
+        drawn = draw(sampler)
+        draws.append(drawn.items.tolist())
+        return drawn
+
+    monkeypatch.setattr(NegativeSampler, "draw", recorded)
     result = train(
         lru(dropout=0.0), dataset_of(), settings(loss="nce", negatives=5, epochs=30, lr=0.03)
     )

@@ -110,13 +110,19 @@ class UserModel(nn.Module):
         """Item vectors and biases of a model whose scores are dot products."""
         raise TypeError(f"{type(self).__name__} does not score by dot products; use read()")
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """``item_head`` of some items ``[n]``; a model may know a shorter way to them."""
+        weight, bias = self.item_head()
+        return ItemHead(weight[items], bias[items])
+
     def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
         """Scores from user vectors ``[B, D]``: ``[B, I]``, or ``[B, C]`` for ``items [B, C]``."""
-        weight, bias = self.item_head()
         if items is None:
+            weight, bias = self.item_head()
             return torch.addmm(bias.to(user.dtype), user, weight.to(user.dtype).T)
-        weight, bias = weight[items].to(user.dtype), bias[items].to(user.dtype)
-        return torch.einsum("bd,bcd->bc", user, weight) + bias
+        weight, bias = (part.to(user.dtype) for part in self.head_of(items.flatten()))
+        weight = weight.view(*items.shape, -1)
+        return torch.einsum("bd,bcd->bc", user, weight) + bias.view(items.shape)
 
     def score(self, state: State, items: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Scores of items for users, from their states alone.

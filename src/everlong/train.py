@@ -510,10 +510,18 @@ class _NextItemLoss:
     ) -> Tensor:
         if not bool(labels.all()):
             vectors, items = vectors[labels], items[labels]
-        head = self.model.item_head()
-        vectors = vectors.to(head.weight.dtype)
         if negatives is None:
+            head = self.model.item_head()
+            vectors = vectors.to(head.weight.dtype)
             return full_softmax(vectors, head, items, dtype=self.dtype)
+        # of the catalogue only what the loss is about
+        both = torch.cat([items, negatives.items])
+        rows, place = torch.unique(both, return_inverse=True)
+        head = self.model.head_of(rows)
+        vectors = vectors.to(head.weight.dtype)
+        items, drawn = place[: items.numel()], place[items.numel() :]
+        expected = negatives.target_log_expected[rows]
+        negatives = Negatives(drawn, negatives.log_expected, expected)
         if self.name == "nce":
             return nce(vectors, head, items, negatives.items, dtype=self.dtype)
         return sampled_softmax(vectors, head, items, negatives, dtype=self.dtype)

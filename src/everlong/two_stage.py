@@ -93,6 +93,10 @@ class TwoStage(UserModel):
         """Item vectors of the retriever."""
         return self.retriever.item_head()
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items."""
+        return self.retriever.head_of(items)
+
     def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
         """Scores of the retriever from its user vectors."""
         return self.retriever.read(user, items)

@@ -119,5 +119,12 @@ class Backbone(nn.Module):
 
     def item_head(self) -> ItemHead:
         """Item vectors of length 1, without biases."""
-        weight = functional.normalize(self.items.table(), dim=-1)
+        return self._head(self.items.table())
+
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items ``[n]``."""
+        return self._head(self.items(items))
+
+    def _head(self, vectors: Tensor) -> ItemHead:
+        weight = functional.normalize(vectors, dim=-1)
         return ItemHead(weight, weight.new_zeros(weight.shape[0]))

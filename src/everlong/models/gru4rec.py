@@ -106,6 +106,10 @@ class GRU4Rec(UserModel):
         """The item vectors, tied, and the item biases."""
         return ItemHead(self.items.table(), self.item_bias)
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items, without the others."""
+        return ItemHead(self.items(items), self.item_bias[items])
+
 
 def time_major(events: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """How to read packed events one time step after the other.

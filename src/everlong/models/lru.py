@@ -138,6 +138,10 @@ class LRU(UserModel):
         """The item vectors, tied, and the item biases (section 3.4)."""
         return ItemHead(self.items.table(), self.item_bias)
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items, without the others."""
+        return ItemHead(self.items(items), self.item_bias[items])
+
 
 class Block(nn.Module):
     """A linear recurrence and a feed-forward network, each with residual and post-norm."""

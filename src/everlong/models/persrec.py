@@ -355,6 +355,10 @@ class Stream(UserModel):
         """The embedding table, tied, as unit vectors."""
         return self.reader.backbone.item_head()
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items, without the others."""
+        return self.reader.backbone.head_of(items)
+
     def _skipped(self, state: PerSRecState) -> Tensor:
         """``[B]`` events that the first segment of a history lacks; in training a random number."""
         if not (self.training and self.config.random_cuts):

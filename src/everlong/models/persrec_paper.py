@@ -236,6 +236,10 @@ class Paper(UserModel):
         """The embedding table, tied, as unit vectors."""
         return self.reader.backbone.item_head()
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items, without the others."""
+        return self.reader.backbone.head_of(items)
+
     def _cuts(self, held: Tensor) -> Cuts:
         recent = (held - self.config.recent).clamp(min=0)
         return Cuts(held, recent, recent)

@@ -115,6 +115,10 @@ class Ring(UserModel):
         """The embedding table, tied, as unit vectors."""
         return self.backbone.item_head()
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items, without the others."""
+        return self.backbone.head_of(items)
+
     def _run(self, events: Batch, state: RingState, query_times: Tensor) -> _Run:
         config, backbone = self.config, self.backbone
         window, carried = config.window, bool(state.seen.any())

@@ -157,6 +157,10 @@ class SASRec(UserModel):
         """The item vectors, tied, and the item biases."""
         return ItemHead(self.items.table(), self.item_bias)
 
+    def head_of(self, items: Tensor) -> ItemHead:
+        """The same of some items, without the others."""
+        return ItemHead(self.items(items), self.item_bias[items])
+
     def _append(self, events: Batch, state: SASRecState) -> SASRecState:
         """The state after the events: the last W items of old and new ones."""
         window = self.config.window
