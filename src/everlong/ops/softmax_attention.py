@@ -67,7 +67,8 @@ def reference_softmax_attention(
     """The same as ``softmax_attention``, one query at a time."""
     _check(query, key, value, frequencies)
     share = query.shape[1] // key.shape[1]
-    mixed = [torch.zeros_like(row) for row in query]
+    # zeros that are part of the graph, also where no query sees anything
+    mixed = [0.0 * row for row in query]
     for block in plan:
         for r, n in block.valid.nonzero().tolist():
             first, stop, row = int(block.first[r, n]), int(block.stop[r, n]), block.queries[r, n]
