@@ -163,10 +163,11 @@ def test_a_model_is_switched_and_rolled_back_while_events_come(
     # both models have read the same events
     for user in range(20):
         shard = service.shard_of(f"s{user}")
-        stands = {arenas[shard].standing(f"s{user}") for arenas in service._arenas.values()}
+        arenas = service.shards[shard].arenas.values()
+        stands = {arena.standing(f"s{user}") for arena in arenas}
         assert len(stands) == 1
     with torch.no_grad():
-        assert len(service._arenas) == 2
+        assert all(len(shard.arenas) == 2 for shard in service.shards)
 
 
 def test_an_erased_user_is_gone(service: Service) -> None:

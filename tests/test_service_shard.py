@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from everlong.batch import Batch
-from everlong.encode import serving
-from everlong.service.arena import Arena, added, chained
-from everlong.service.log import DamagedError, Event, EventLog, Stored
+from everlong.service.arena import Arena
+from everlong.service.log import DamagedError, Event, EventLog
 from everlong.service.shard import FullError, Shard
-from service_writer import ITEMS, opened
-
-KILLS = int(os.environ.get("EVERLONG_KILLS", "8"))
-"""How often the writer is killed; the long form is 200."""
+from service_writer import ITEMS, check_against_log, opened
 
 
 @pytest.fixture
@@ -44,31 +35,6 @@ def some_events(count: int, *, users: int = 5, seed: int = 0) -> list[Event]:
         Event(f"{seed}-{n}", draw.randrange(users), draw.randrange(ITEMS + 5), 10**9 + n)
         for n in range(count)
     ]
-
-
-def check_against_log(shard_arena: Arena, log: EventLog) -> None:
-    """Standing and states are those of the events of the log, each once and in order."""
-    events = log.after(0, 1_000_000)
-    users = {event.user_id for event in events}
-    assert len(shard_arena) == len(users)
-    for user in users:
-        mine = [event for event in events if event.user_id == user]
-        check_user(shard_arena, mine)
-
-
-def check_user(shard_arena: Arena, mine: list[Stored]) -> None:
-    found, chain, total = shard_arena.standing(mine[0].user_id), 0, 0
-    for event in mine:
-        chain, total = chained(chain, event.event_key), added(total, event.event_key)
-    assert found is not None
-    assert (found.offset, found.events) == (mine[-1].offset, len(mine))
-    assert (found.chain, found.sum) == (chain, total)
-    known = [event.item_id for event in mine if event.item_id < ITEMS]
-    model = shard_arena.model
-    with serving(model):
-        expected = model.advance(Batch.from_histories([known]))
-    for a, b in zip(shard_arena.read([mine[0].user_id]), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_an_event_is_applied_once(shard: Shard) -> None:
@@ -188,36 +154,4 @@ def test_a_disk_that_refuses_is_told_and_nothing_is_acknowledged(
     assert all(r.new for r in shard.submit(some_events(5, seed=1)).result())
     assert shard.writable
     check_against_log(arena_of(shard), shard.log)
-    shard.close()
-
-
-def test_nothing_is_lost_doubled_or_reordered_by_kills(tmp_path: Path) -> None:
-    acknowledged: dict[str, int] = {}
-    draw = random.Random(0)
-    writer = Path(__file__).with_name("service_writer.py")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    for number in range(KILLS):
-        process = subprocess.Popen(
-            [sys.executable, str(writer), str(tmp_path), str(number)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        threading.Timer(draw.uniform(0.0, 0.2), process.send_signal, [signal.SIGKILL]).start()
-        for line in process.stdout:
-            if not line.endswith("\n"):
-                break
-            for told in line.split():
-                name, _, offset = told.rpartition(":")
-                assert acknowledged.setdefault(name, int(offset)) == int(offset)
-        process.wait()
-        process.stdout.close()
-    shard = opened(tmp_path / "shard.sqlite")
-    log = shard.log
-    assert log.verify() >= len(acknowledged) > KILLS
-    offset_of = {event.event_key: event.offset for event in log.after(0, 1_000_000)}
-    assert {name: offset_of.get(log.key_of(name)) for name in acknowledged} == acknowledged
-    check_against_log(arena_of(shard), log)
     shard.close()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -128,6 +129,11 @@ class IdMap:
             rows = self._order[rows]
         rows[~known.to_numpy()] = -1
         return rows
+
+    @cached_property
+    def row_of(self) -> Mapping[Any, int]:
+        """The row of each id, for those who look few up at a time; it is made at the first use."""
+        return {value: row for row, value in enumerate(self._ids.to_list())}
 
     def ids(self, rows: np.ndarray | Sequence[int]) -> pl.Series:
         """The id of each row; null for row -1.

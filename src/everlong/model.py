@@ -54,9 +54,15 @@ class UserModel(nn.Module):
         self.num_items = num_items
 
     @property
+    def field_codes(self) -> Mapping[str, int]:
+        """The event fields that the model reads beside items and times, and how many codes each
+        has: a value is one of ``0 .. codes - 1``."""
+        return {}
+
+    @property
     def event_fields(self) -> tuple[str, ...]:
         """Names of the event fields that the model reads, beside items and times."""
-        return ()
+        return tuple(self.field_codes)
 
     @property
     def set_dependent(self) -> bool:

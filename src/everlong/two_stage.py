@@ -6,6 +6,7 @@ The retriever names the best of the whole catalogue, the ranker orders these few
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +58,9 @@ class TwoStage(UserModel):
         self.ranker: Ranker = ranker(settings)
 
     @property
-    def event_fields(self) -> tuple[str, ...]:
-        """What the ranker reads of events."""
-        return (*self.retriever.event_fields, *self.ranker.event_fields)
+    def field_codes(self) -> Mapping[str, int]:
+        """What both read of events."""
+        return {**self.retriever.field_codes, **self.ranker.field_codes}
 
     def initial_state(self, num_users: int) -> State:
         """Both initial states side by side."""

@@ -114,6 +114,23 @@ class LRU(UserModel):
         last = outputs[(events.offsets[1:] - 1).clamp(min=0)]
         return outputs, LRUState(hidden, torch.where(busy, last, state.user))
 
+    def advance(self, events: Batch, state: LRUState | None = None) -> LRUState:  # type: ignore[override]
+        """The final states alone: past its recurrence the last block works on last events only."""
+        if state is None:
+            state = self.initial_state(events.num_users)
+        values, finals = self._enter(self.items(events.items)), []
+        *blocks, top = self.blocks
+        for layer, block in enumerate(blocks):
+            values, final = block(values, state.hidden[:, layer], events.offsets)
+            finals.append(final)
+        busy = (events.lengths > 0).nonzero()[:, 0]
+        last = values[events.offsets[busy + 1] - 1]
+        final = top.scan(values, state.hidden[:, -1], events.offsets)[1]  # type: ignore[operator]
+        finals.append(final)
+        newest = top.outputs(last, final[busy]).to(state.user.dtype)  # type: ignore[operator]
+        user = state.user.index_copy(0, busy, newest)
+        return LRUState(torch.stack(finals, dim=1), user)
+
     def step(self, events: Batch, state: LRUState) -> LRUState:  # type: ignore[override]
         """Reads one event of each user: ``2 L (4 D H + 4 D^2)`` multiply-adds, no scan."""
         values, finals = self._enter(self.items(events.items)), []
@@ -161,16 +178,20 @@ class Block(nn.Module):
 
     def forward(self, values: Tensor, hidden: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs ``[N, D]`` and final recurrent states ``[B, 2H]`` from ``values [N, D]``."""
+        states, final = self.scan(values, hidden, offsets)
+        return self.outputs(values, states), final
+
+    def scan(self, values: Tensor, hidden: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Recurrent states after each event ``[N, 2H]`` and of each user in the end ``[B, 2H]``."""
         decay, inputs = self._inputs(values)
-        states, final = linear_scan(inputs.to(hidden.dtype), decay, hidden, offsets)
-        return self._outputs(values, states), final
+        return linear_scan(inputs.to(hidden.dtype), decay, hidden, offsets)
 
     def step(self, values: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs ``[B, D]`` and states ``[B, 2H]`` after one event each, ``values [B, D]``."""
         decay, inputs = self._inputs(values)
         (a, b), (re, im) = decay, hidden.chunk(2, dim=1)
         states = inputs.to(hidden.dtype) + torch.cat([a * re - b * im, a * im + b * re], dim=1)
-        return self._outputs(values, states), states
+        return self.outputs(values, states), states
 
     def _inputs(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Decays ``[2, H]`` and the scaled inputs of the recurrence ``[N, 2H]``."""
@@ -180,7 +201,7 @@ class Block(nn.Module):
         weight = gamma.unsqueeze(-1) * self.enter.weight
         return decay, functional.linear(values, weight, gamma * self.enter.bias)
 
-    def _outputs(self, values: Tensor, states: Tensor) -> Tensor:
+    def outputs(self, values: Tensor, states: Tensor) -> Tensor:
         """Outputs ``[N, D]`` from the block's input and its recurrent states."""
         mixed = self.recurrence_dropout(self.leave(states))
         values = self.recurrence_norm(mixed + values)

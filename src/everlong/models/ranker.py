@@ -122,9 +122,9 @@ class Ranker(UserModel):
                 match(module.query, module.enter)
 
     @property
-    def event_fields(self) -> tuple[str, ...]:
+    def field_codes(self) -> Mapping[str, int]:
         """The fields of the configuration."""
-        return tuple(name for name, _ in self.config.fields)
+        return dict(self.config.fields)
 
     @property
     def set_dependent(self) -> bool:

@@ -13,82 +13,86 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import polars as pl
 import torch
 
 from everlong import state as states
-from everlong.batch import Batch
-from everlong.encode import serving
 from everlong.ids import IdMap
 from everlong.model import UserModel
+from everlong.service.columns import Columns
 from everlong.service.log import DamagedError, Id, Stored
+from everlong.service.room import machine_memory, room, room_like
+from everlong.service.standing import STANDING, Standing, note
 from everlong.state import State
 
 MAGIC = b"elst"
 HEADER = struct.Struct("<4sI16sqqQQq")
 """Magic, version and model; then the standing: last offset, events, chain, sum, newest time."""
 
-STANDING = np.dtype(
-    [("offset", "<i8"), ("events", "<i8"), ("chain", "<u8"), ("sum", "<u8"), ("newest", "<i8")]
-)
-
 RECORD_VERSION = 1
+
+EVENTS_AT_ONCE = 4_096
+"""So many are read by one product: what it needs stays in the caches of a core."""
 
 
 class Applied(NamedTuple):
     """What became of events that were read into states."""
 
-    events: int
+    events: int = 0
     """Events that changed what is known of a user, also those of unknown items."""
-    repeated: int
+    repeated: int = 0
     """Events that a state had already."""
-    unknown_items: int
-    """Events of items that the model does not know: counted, and in no state."""
-    late: int
+    unread: int = 0
+    """Events of items that the model does not know, or without the fields that it reads: they are
+    counted, and in no state."""
+    late: int = 0
     """Events older than one that was read before."""
 
-
-class Standing(NamedTuple):
-    """How far the state of a user goes."""
-
-    offset: int
-    """Of the newest event that was applied."""
-    events: int
-    chain: int
-    """A hash of the ids of all events in their order."""
-    sum: int
-    """A hash of the ids of all events in any order."""
-    newest: int
-    """The time of the newest."""
+    def plus(self, other: Applied) -> Applied:
+        """Both together."""
+        return Applied(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Arena:
     """States of one model.
 
     Args:
-        model: in evaluation mode.
+        model: it is put into evaluation mode.
         item_ids: its catalogue.
         digest: 16 bytes that stand for what its states depend on.
     """
 
     def __init__(self, model: UserModel, item_ids: IdMap, digest: bytes) -> None:
-        self.model, self.item_ids, self.digest = model, item_ids, digest
+        self.model, self.item_ids, self.digest = model.eval(), item_ids, digest
         self.name = digest.hex()
         self.offset = 0
         """Every event of the log up to here is in the states; kept by whoever applies them."""
-        with serving(model):
+        self.complete = True
+        """Whether every user of the log is here; else some are built when they are asked for."""
+        with torch.no_grad():
             self._initial = states.detach(model.initial_state(1))
         self._rows: dict[Id, int] = {}
         self._free: list[int] = []
         self._ids: list[Id | None] = []
-        self._states = states.take(self._initial, torch.zeros(0, dtype=torch.int64))
-        self._standing = np.zeros(0, dtype=STANDING)
-        self._dirty = np.zeros(0, dtype=np.bool_)
+        self.capacity = machine_memory() // self.bytes_per_user
+        """Most users; more would not fit into the memory of the machine."""
+        self._states = type(self._initial)(
+            *(room_like(value, self.capacity) for value in self._initial)
+        )
+        self._standing = room(self.capacity, STANDING)
+        self._dirty = room(self.capacity, np.dtype(np.bool_))
         # a reader must not see a state half of which is of before
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __contains__(self, user_id: Id) -> bool:
+        return user_id in self._rows
+
+    @property
+    def num_events(self) -> int:
+        """Events that were applied, of all users."""
+        return int(self._standing["events"][: len(self._ids)].sum())
 
     @property
     def bytes_per_user(self) -> int:
@@ -102,108 +106,123 @@ class Arena:
 
     def read(self, user_ids: Sequence[Id]) -> State:
         """The states of users; of those who are not known the initial one."""
-        rows = [self._rows.get(user_id) for user_id in user_ids]
+        rows = [self._rows.get(user_id, -1) for user_id in user_ids]
         found = states.take(self._initial, torch.zeros(len(rows), dtype=torch.int64))
-        known = [n for n, row in enumerate(rows) if row is not None]
+        known = [place for place, row in enumerate(rows) if row >= 0]
         if not known:
             return found
         with self._lock:
-            mine = states.take(self._states, torch.tensor([rows[n] for n in known]))
+            mine = states.take(self._states, torch.tensor([rows[place] for place in known]))
         return states.put(found, torch.tensor(known), mine)
+
+    # events
+
+    def columns(self, events: Sequence[Stored]) -> Columns:
+        """Events as the model reads them."""
+        return Columns.of(events, self.item_ids.row_of, self.model.field_codes)
 
     def apply(self, events: Sequence[Stored]) -> Applied:
         """Reads events, in the order of their offsets, into the states of their users.
 
         An event whose offset a state has passed already is left out.
         """
-        if not events:
-            return Applied(0, 0, 0, 0)
         rows = self._add([event.user_id for event in events])
-        offsets = np.array([event.offset for event in events], dtype=np.int64)
-        fresh = np.flatnonzero(offsets > self._standing["offset"][rows])
+        columns = self.columns(events)
+        fresh = np.flatnonzero(columns.offsets > self._standing["offset"][rows])
         order = fresh[np.argsort(rows[fresh], kind="stable")]
-        if order.size == 0:
-            return Applied(0, len(events), 0, 0)
-        items = self.item_ids.rows(pl.Series([events[n].item_id for n in order]))
-        times = np.array([events[n].time for n in order], dtype=np.int64)
-        known = items >= 0
-        new_states, touched = self._advanced(rows[order], items, times, known, events, order)
-        with self._lock:
-            if new_states is not None:
-                self._write(touched, new_states)
-            late = self._note([events[n] for n in order], rows[order])
-        return Applied(len(order), len(events) - len(order), int((~known).sum()), late)
+        rows, columns, late = rows[order], columns.at(order), 0
+        for start in range(0, order.size, EVENTS_AT_ONCE):
+            part = slice(start, start + EVENTS_AT_ONCE)
+            new = self._advanced(rows[part], columns.at(part))
+            with self._lock:
+                self._write(*new)
+                late += self._note(rows[part], columns.at(part))
+        unread = int((columns.items < 0).sum())
+        return Applied(order.size, len(events) - order.size, unread, late)
 
-    def _advanced(
-        self,
-        rows: np.ndarray,
-        items: np.ndarray,
-        times: np.ndarray,
-        known: np.ndarray,
-        events: Sequence[Stored],
-        order: np.ndarray,
-    ) -> tuple[State | None, np.ndarray]:
-        """The states of users ``[U]`` after the events of known items, and who they are."""
-        touched, counts = np.unique(rows[known], return_counts=True)
+    def rebuild(self, user_ids: Sequence[Id], owner: np.ndarray, columns: Columns) -> Applied:
+        """Reads whole histories in the order of their times, as in training; users begin anew.
+
+        So an event that came late takes its place in time.
+
+        Args:
+            user_ids: who they are.
+            owner: ``[n]`` whose each event is, an index into ``user_ids``.
+            columns: ``n`` events in the order of their offsets.
+        """
+        for user_id in user_ids:
+            self.forget(user_id)
+        rows = self._add(user_ids)[owner]
+        # stable: events of one time stay in the order of their arrival
+        order = np.lexsort((columns.times, rows))
+        try:
+            for start in range(0, order.size, EVENTS_AT_ONCE):
+                part = order[start : start + EVENTS_AT_ONCE]
+                new = self._advanced(rows[part], columns.at(part))
+                with self._lock:
+                    self._write(*new)
+            with self._lock:
+                late = self._note(rows, columns)
+        except BaseException:
+            # a state without its standing would read its events again
+            for user_id in user_ids:
+                self.forget(user_id)
+            raise
+        return Applied(order.size, 0, int((columns.items < 0).sum()), late)
+
+    def _advanced(self, rows: np.ndarray, columns: Columns) -> tuple[np.ndarray, State | None]:
+        """Who read something, and their states; events lie user by user."""
+        known = columns.items >= 0
+        touched, first, lengths = np.unique(rows[known], return_index=True, return_counts=True)
         if touched.size == 0:
-            return None, touched
-        fields = {
-            name: torch.tensor([events[n].fields[name] for n in order[known]])
-            for name in self.model.event_fields
-        }
-        batch = Batch(
-            items=torch.from_numpy(items[known]),
-            times=torch.from_numpy(times[known]),
-            offsets=torch.from_numpy(np.concatenate([[0], counts.cumsum()])),
-            fields=fields,
-        )
+            return touched, None
+        touched, lengths = _as_they_lie(touched, first, lengths)
+        batch = columns.at(known).batch(lengths, self.model.event_fields)
         before = states.take(self._states, torch.from_numpy(touched))
-        with serving(self.model):
-            return self.model.advance(batch, before), touched
+        read = self.model.step if lengths.max() == 1 else self.model.advance
+        with torch.no_grad():
+            return touched, read(batch, before)
 
-    def _note(self, events: Iterable[Stored], rows: np.ndarray) -> int:
+    def _note(self, rows: np.ndarray, columns: Columns) -> int:
         """Moves the standing of users past events; returns how many of these were late."""
-        late = 0
-        for event, row in zip(events, rows.tolist(), strict=True):
-            before = Standing(*self._standing[row].item())
-            late += before.events > 0 and event.time < before.newest
-            self._standing[row] = (
-                event.offset,
-                before.events + 1,
-                chained(before.chain, event.event_key),
-                added(before.sum, event.event_key),
-                max(event.time, before.newest) if before.events else event.time,
-            )
-            self._dirty[row] = True
+        self._dirty[rows] = True
+        late: int = note(self._standing, rows, columns.offsets, columns.numbers, columns.times)
         return late
 
     def _add(self, user_ids: Sequence[Id]) -> np.ndarray:
-        """The row of each user; those who are new get one."""
-        for user_id in user_ids:
-            if user_id not in self._rows:
-                row = self._free.pop() if self._free else len(self._ids)
-                if row == len(self._ids):
-                    self._ids.append(None)
-                    self._reserve(row + 1)
-                self._ids[row] = user_id
-                self._rows[user_id] = row
+        """The row of each user; those who are new get one, with the initial state."""
+        new = [user_id for user_id in dict.fromkeys(user_ids) if user_id not in self._rows]
+        if new:
+            self._place(new)
         return np.array([self._rows[user_id] for user_id in user_ids], dtype=np.int64)
 
-    def _reserve(self, size: int) -> None:
-        """Room for so many users; an eighth more, so that adding one at a time stays cheap."""
-        have = self._dirty.size
-        if size <= have:
-            return
-        more = max(size, have + have // 8 + 64) - have
-        fresh = states.take(self._initial, torch.zeros(more, dtype=torch.int64))
+    def _place(self, new: Sequence[Id]) -> None:
+        if len(self._rows) + len(new) > self.capacity:
+            raise MemoryError(
+                f"the states of {self.capacity:,} users of {self.bytes_per_user:,} bytes fit into "
+                "the memory of this machine, there are more; use another machine for some shards"
+            )
+        reused = [self._free.pop() for _ in range(min(len(new), len(self._free)))]
+        first = len(self._ids)
+        rows = [*reused, *range(first, first + len(new) - len(reused))]
         with self._lock:
-            self._states = states.concat([self._states, fresh])
-            self._standing = np.append(self._standing, np.zeros(more, dtype=STANDING))
-            self._dirty = np.append(self._dirty, np.zeros(more, dtype=np.bool_))
+            where = torch.tensor(rows)
+            for stored, value in zip(self._states, self._initial, strict=True):
+                stored[where] = value[0]
+        self._ids += [None] * (len(new) - len(reused))
+        for user_id, row in zip(new, rows, strict=True):
+            self._ids[row] = user_id
+            self._rows[user_id] = row
 
-    def _write(self, rows: np.ndarray, new: State) -> None:
+    def _write(self, rows: np.ndarray, new: State | None) -> None:
+        if new is None:
+            return
+        if states.spec(new) != states.spec(self._initial):
+            raise ValueError(
+                f"a state keeps its spec: expected {states.spec(self._initial)}, received "
+                f"{states.spec(new)}"
+            )
         where = torch.from_numpy(rows)
-        states.check_same(states.take(self._states, where), new)
         for stored, value in zip(self._states, new, strict=True):
             stored.index_copy_(0, where, value)
 
@@ -211,7 +230,7 @@ class Arena:
 
     def dirty(self) -> np.ndarray:
         """Rows of users whose states changed since their records were taken."""
-        return np.flatnonzero(self._dirty)
+        return np.flatnonzero(self._dirty[: len(self._ids)])
 
     def records(self, rows: np.ndarray) -> list[tuple[Id, bytes]]:
         """Users and their records, which count as written from then on."""
@@ -230,7 +249,10 @@ class Arena:
         return [
             (
                 user_id,
-                sealed(HEADER.pack(MAGIC, RECORD_VERSION, self.digest, *stand) + body.tobytes()),
+                sealed(
+                    HEADER.pack(MAGIC, RECORD_VERSION, self.digest, *stand) + body.tobytes(),
+                    user_id,
+                ),
             )
             for user_id, stand, body in zip(ids, stands, table, strict=True)
             if user_id is not None
@@ -251,7 +273,7 @@ class Arena:
         size, spoiled, whole = states.bytes_per_user(self._initial), [], []
         for user_id, record in records:
             try:
-                whole.append((user_id, opened(record, self.digest, size)))
+                whole.append((user_id, opened(record, user_id, self.digest, size)))
             except DamagedError:
                 spoiled.append(user_id)
         if whole:
@@ -273,6 +295,12 @@ class Arena:
             for row, body in zip(rows.tolist(), bodies, strict=True):
                 self._standing[row] = HEADER.unpack_from(body)[3:]
 
+    def clear(self) -> None:
+        """Forgets everybody."""
+        for user_id in list(self._rows):
+            self.forget(user_id)
+        self.offset, self.complete = 0, True
+
     def forget(self, user_id: Id) -> None:
         """Overwrites what is known of a user; the place is free for another."""
         row = self._rows.get(user_id)
@@ -286,27 +314,28 @@ class Arena:
             self._standing[row], self._dirty[row] = np.zeros((), dtype=STANDING), False
 
 
-def chained(chain: int, key: bytes) -> int:
-    """The hash of a sequence of event keys with one more at its end."""
-    data = chain.to_bytes(8, "little") + key
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def _as_they_lie(
+    touched: np.ndarray, first: np.ndarray, lengths: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Users, whose events lie together, in the order of these, and how many each has."""
+    order = np.argsort(first)
+    return touched[order], lengths[order]
 
 
-def added(total: int, key: bytes) -> int:
-    """The hash of a set of event keys with one more."""
-    return (total + int.from_bytes(key[:8], "little")) % (1 << 64)
+def sealed(body: bytes, user_id: Id) -> bytes:
+    """A body with a checksum that says whose it is."""
+    return body + _checksum(body, user_id)
 
 
-def sealed(body: bytes) -> bytes:
-    """A body with its checksum."""
-    return body + hashlib.blake2b(body, digest_size=16).digest()
+def _checksum(body: bytes, user_id: Id) -> bytes:
+    return hashlib.blake2b(repr(user_id).encode() + body, digest_size=16).digest()
 
 
-def opened(record: bytes, digest: bytes, size: int) -> bytes:
-    """The body of a record of a model, with a state of so many bytes.
+def opened(record: bytes, user_id: Id, digest: bytes, size: int) -> bytes:
+    """The body of a user's record of a model, with a state of so many bytes.
 
     Raises:
-        DamagedError: if it is not what was written, or of another model.
+        DamagedError: if it is not what was written, of another user, or of another model.
     """
     body, checksum = record[:-16], record[-16:]
     if len(body) != HEADER.size + size:
@@ -314,7 +343,7 @@ def opened(record: bytes, digest: bytes, size: int) -> bytes:
             f"a state record has {HEADER.size + size} bytes before its checksum, received "
             f"{len(body)}; rebuild the state from the log"
         )
-    if hashlib.blake2b(body, digest_size=16).digest() != checksum:
+    if _checksum(body, user_id) != checksum:
         raise DamagedError("a state record is not what was written; rebuild the state from the log")
     magic, version, model, *_ = HEADER.unpack_from(body)
     if (magic, version, model) != (MAGIC, RECORD_VERSION, digest):

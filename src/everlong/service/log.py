@@ -5,24 +5,36 @@ known. ``append`` returns once the events are on disk (WAL, ``synchronous=FULL``
 returned survives a kill and a power cut. The states of users are kept in the same file as a cache
 of the log, so that what is erased is erased together and what is copied fits together.
 
-Every row has a checksum, and their sum is kept beside them, so that a row that was changed, lost or
-added by anybody else is found by ``verify``.
+Every row has a checksum and is checked whenever it is read; their sum is kept beside them, so that
+a row that was lost or added by anybody else is found by ``verify``.
+
+What ``append`` has refused is not in the log. One thing is in doubt: if the disk fails while a
+group is made durable and the process dies before the next, the group may be there on the next
+start. A second delivery is then answered with the offset of the first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import sqlite3
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from everlong.atomic import sync_folder
+
+log = logging.getLogger(__name__)
+
 VERSION = 1
 PAGE = 8_192
+BUSY_MS = 100
+"""How long a checkpoint waits for those who read; the writer stands still meanwhile."""
+
 NO_FIELDS: Mapping[str, float | int] = {}
 
 Id = int | str
@@ -48,6 +60,7 @@ CREATE TABLE states (
 ) WITHOUT ROWID;
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
+STATEMENTS = [statement.strip() for statement in SCHEMA.split(";") if statement.strip()]
 
 
 class Event(NamedTuple):
@@ -86,49 +99,224 @@ class DamagedError(ValueError):
 
 
 class Total(NamedTuple):
-    """What all rows come to: how many, the last offset ever given, and the sum of checksums."""
+    """What all rows come to: how many, the last offset ever given, and the sum of checksums.
+
+    The sum is that of the events and of the keys that were erased.
+    """
 
     events: int = 0
     last: int = 0
     sum: int = 0
 
     def to_bytes(self) -> bytes:
-        packed = struct.pack("<QQQ", *self)
-        return packed + _digest(packed)
+        return struct.pack("<QQQ", *self)
+
+    def plus(self, checksum: bytes) -> Total:
+        """The totals with an event more."""
+        return Total(self.events + 1, self.last, _plus(self.sum, checksum))
 
     @staticmethod
     def from_bytes(data: bytes) -> Total:
-        if len(data) != 32 or _digest(data[:24]) != data[24:]:
-            raise DamagedError("the totals of the log are damaged: restore the file from a copy")
-        return Total(*struct.unpack("<QQQ", data[:24]))
+        return Total(*struct.unpack("<QQQ", data))
 
 
-class EventLog:
-    """Events of one shard on disk.
+class LogReader:
+    """Events of one shard on disk, to be read while its writer, if there is one, goes on.
 
     Args:
-        path: the file; made where there is none.
+        path: the file.
 
     Raises:
-        DamagedError: if the file is not a log, or its totals are not what was written.
+        DamagedError: if the file is not a log, or what it says of itself is not what was written.
         OSError: if the file cannot be opened.
     """
 
+    connection: sqlite3.Connection
+
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._told("opened"):
+            uri = f"{path.absolute().as_uri()}?mode=ro"
+            self.connection = sqlite3.connect(uri, uri=True, isolation_level=None)
+        self._begin()
+
+    def _begin(self) -> None:
         try:
-            # the service hands it to the thread of the shard's writer
-            self.connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise OSError(f"{path} cannot be opened: {error}") from error
+            with self._told("opened"):
+                self._check_schema()
+                self._salt = self._need("salt")
+                self.total = Total()
+                self.look()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_schema(self) -> None:
+        version = self._need("version")
+        if version != str(VERSION).encode():
             raise DamagedError(
-                f"{path} is not an event log: {error}; restore it from a copy"
+                f"{self.path}: expected a log of version {VERSION}, found {version!r}"
+            )
+        # of an index or a rule that is not there SQLite would not complain
+        found = self.connection.execute(
+            "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY rowid"
+        ).fetchall()
+        if [statement for (statement,) in found] != STATEMENTS:
+            raise DamagedError(f"{self.path} has other tables than a log; restore it from a copy")
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Errors of SQLite as those of the disk, or of what is on it."""
+        try:
+            yield
+        except sqlite3.ProgrammingError:
+            raise
+        except sqlite3.DatabaseError as error:
+            # a table that is not there, or a text that is none, which comes without a code
+            wrong = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
+            if isinstance(error, sqlite3.OperationalError) and not wrong:
+                raise OSError(f"{self.path} cannot be {what}: {error}") from error
+            raise DamagedError(
+                f"{self.path} is not what was written: {error}; restore it from a copy"
             ) from error
 
-    def _open(self) -> None:
+    def close(self) -> None:
+        """Closes the file; nothing is lost without it."""
+        self.connection.close()
+
+    def look(self) -> Total:
+        """The totals as the writer has left them."""
+        self.total = Total.from_bytes(self._need("total"))
+        return self.total
+
+    def fact(self, name: str) -> bytes | None:
+        """A value by name.
+
+        Raises:
+            DamagedError: if it is not what was put.
+        """
+        row = self.connection.execute("SELECT value FROM facts WHERE name=?", (name,)).fetchone()
+        if row is None:
+            return None
+        value, checksum = bytes(row[0][:-8]), bytes(row[0][-8:])
+        if _checksum(name, value) != checksum:
+            raise DamagedError(
+                f"{self.path}: the fact {name!r} is not what was written; restore the file from a "
+                "copy"
+            )
+        return value
+
+    def _need(self, name: str) -> bytes:
+        value = self.fact(name)
+        if value is None:
+            raise DamagedError(f"{self.path} has no fact {name!r}; restore it from a copy")
+        return value
+
+    def key_of(self, event_id: str) -> bytes:
+        """16 bytes that stand for an event id in this log."""
+        return hashlib.blake2b(event_id.encode(), digest_size=16, key=self._salt).digest()
+
+    def after(self, offset: int, limit: int) -> list[Stored]:
+        """The events that follow an offset, in order, at most so many.
+
+        Raises:
+            DamagedError: naming the offset of a row that is not what was written.
+        """
+        return self._events("offset>? ORDER BY offset LIMIT ?", (offset, limit))
+
+    def of_user(self, user_id: Id) -> list[Stored]:
+        """All events of a user, in the order of arrival."""
+        return self._events("user_id=? ORDER BY offset", (user_id,))
+
+    def last_of_user(self, user_id: Id, count: int) -> list[Stored]:
+        """The last events of a user, newest first."""
+        return self._events("user_id=? ORDER BY offset DESC LIMIT ?", (user_id, count))
+
+    def _events(self, which: str, values: tuple[Id, ...]) -> list[Stored]:
+        with self._told("read"):
+            # what is put into the statement is from this class
+            rows = self.connection.execute(f"SELECT * FROM events WHERE {which}", values)  # noqa: S608
+            return [self._checked(row) for row in rows]
+
+    def verify(self) -> int:
+        """Reads the whole file and compares it with what was kept; returns how many events it has.
+
+        It sees the log as it is at one moment, while the writer goes on. Takes about 15 s a million
+        events.
+
+        Raises:
+            DamagedError: if a row was changed, lost or added, an index does not fit its table, or
+                the file is not whole.
+            OSError: if it cannot be read.
+        """
+        run = self.connection.execute
+        with self._told("read"):
+            run("BEGIN")
+            try:
+                total, found = self.look(), Total(last=self.total.last)
+                for row in run("SELECT * FROM events ORDER BY offset"):
+                    self._checked(row)
+                    found = found.plus(row[6])
+                for (key,) in run("SELECT event_key FROM erased"):
+                    found = found._replace(sum=_plus(found.sum, _checksum(key)))
+                wrong = [text for (text,) in run("PRAGMA integrity_check(3)") if text != "ok"]
+            finally:
+                run("COMMIT")
+        if found != total:
+            raise DamagedError(
+                f"{self.path}: expected {total.events} events as they were written, found "
+                f"{found.events} that come to another sum; restore it from a copy"
+            )
+        if wrong:
+            raise DamagedError(
+                f"{self.path} is not what was written: {'; '.join(wrong)}; restore it from a copy"
+            )
+        return found.events
+
+    def _checked(self, row: Sequence[object]) -> Stored:
+        offset, key, user_id, item_id, time, fields, checksum = row
+        if _checksum(offset, key, user_id, item_id, time, fields) != checksum:
+            raise DamagedError(
+                f"{self.path}: the event at offset {offset} is not what was written; restore the "
+                "file from a copy"
+            )
+        read = json.loads(fields) if fields else NO_FIELDS  # type: ignore[arg-type]
+        return Stored(offset, key, user_id, item_id, time, read)  # type: ignore[arg-type]
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # the service hands it to the thread of the shard's writer
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+
+class EventLog(LogReader):
+    """The log of a shard as its one writer has it.
+
+    Args:
+        path: the file; made where there is none.
+        connect: opens it, without transactions of its own.
+
+    Raises:
+        DamagedError: if the file is not a log, or what it says of itself is not what was written.
+        OSError: if the file cannot be opened.
+    """
+
+    def __init__(
+        self, path: Path, *, connect: Callable[[Path], sqlite3.Connection] = _connect
+    ) -> None:
+        self.path = path
+        make_folder(path.parent)
+        with self._told("opened"):
+            self.connection = connect(path)
+        try:
+            with self._told("opened"):
+                self._prepare()
+        except BaseException:
+            self.close()
+            raise
+        self._begin()
+
+    def _prepare(self) -> None:
         run = self.connection.execute
         run(f"PRAGMA page_size={PAGE}")
         # what is erased is overwritten, not only let go
@@ -136,57 +324,56 @@ class EventLog:
             run(f"PRAGMA {pragma}")
         # moved by ``checkpoint``, between groups of events
         run("PRAGMA wal_autocheckpoint=0")
-        if not run("SELECT 1 FROM sqlite_master WHERE name='facts'").fetchone():
+        run(f"PRAGMA busy_timeout={BUSY_MS}")
+        if not run("SELECT 1 FROM sqlite_master").fetchone():
             with self.transaction():
-                for statement in SCHEMA.split(";"):
+                for statement in STATEMENTS:
                     run(statement)
                 self.put_fact("version", str(VERSION).encode())
                 self.put_fact("salt", secrets.token_bytes(16))
                 self.put_fact("total", Total().to_bytes())
-        version = self.fact("version")
-        if version != str(VERSION).encode():
-            raise DamagedError(
-                f"{self.path}: expected a log of version {VERSION}, found {version!r}"
-            )
-        self._salt = self.fact("salt") or b""
-        self.total = Total()
-        self.look()
-
-    def look(self) -> Total:
-        """The totals as another writer has left them."""
-        self.total = Total.from_bytes(self.fact("total") or b"")
-        return self.total
-
-    def close(self) -> None:
-        """Closes the file; nothing is lost without it."""
-        self.connection.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written inside reaches the disk together, or none of it does."""
-        run = self.connection.execute
-        run("BEGIN IMMEDIATE")
-        try:
-            yield
-            run("COMMIT")
-        except BaseException:
-            if self.connection.in_transaction:
-                run("ROLLBACK")
-            raise
+        """All that is written inside reaches the disk together, or none of it does.
 
-    def fact(self, name: str) -> bytes | None:
-        """A value by name."""
-        row = self.connection.execute("SELECT value FROM facts WHERE name=?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+        Raises:
+            OSError: if it cannot be written.
+        """
+        run = self.connection.execute
+        with self._told("written"):
+            run("BEGIN IMMEDIATE")
+            try:
+                yield
+                run("COMMIT")
+            except BaseException:
+                if self.connection.in_transaction:
+                    run("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A transaction after which the totals are kept, or are again what they were."""
+        before = self.total
+        try:
+            with self.transaction():
+                if self.look() != before:
+                    raise OSError(
+                        f"{self.path} is written by another process too; stop one of them"
+                    )
+                yield
+                if self.total != before:
+                    self.put_fact("total", self.total.to_bytes())
+        except BaseException:
+            self.total = before
+            raise
 
     def put_fact(self, name: str, value: bytes) -> None:
         """Sets a value by name."""
         self.connection.execute(
             "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value=excluded.value",
-            (name, value),
+            (name, value + _checksum(name, value)),
         )
-
-    # writing
 
     def append(self, events: Sequence[Event]) -> list[Receipt]:
         """Writes events in order and returns when they are on disk.
@@ -194,18 +381,8 @@ class EventLog:
         Raises:
             OSError: if they cannot be written; then none of them is.
         """
-        before = self.total
-        try:
-            with self.transaction():
-                receipts = [self._add(event) for event in events]
-                if self.total != before:
-                    self.put_fact("total", self.total.to_bytes())
-        except BaseException as error:
-            self.total = before
-            if isinstance(error, sqlite3.OperationalError):
-                raise OSError(f"{self.path} cannot be written: {error}") from error
-            raise
-        return receipts
+        with self._changing():
+            return [self._add(event) for event in events]
 
     def _add(self, event: Event) -> Receipt:
         key, offset = self.key_of(event.event_id), self.total.last + 1
@@ -220,8 +397,7 @@ class EventLog:
             (*row, checksum, key),
         )
         if added.rowcount == 1:
-            total = self.total
-            self.total = Total(total.events + 1, offset, _plus(total.sum, checksum))
+            self.total = self.total.plus(checksum)._replace(last=offset)
             return Receipt(offset, True)
         found = run("SELECT offset FROM events WHERE event_key=?", (key,)).fetchone()
         return Receipt(found[0] if found else 0, False)
@@ -230,95 +406,56 @@ class EventLog:
         """Overwrites all events and states of a user; returns how many events there were.
 
         What stays are the salted hashes of the events' ids, so that a late second delivery does not
-        bring the user back.
+        bring the user back. Traces in the write-ahead log go with the next ``checkpoint`` if they
+        cannot go at once.
+
+        Raises:
+            OSError: if it cannot be written; then nothing is erased.
         """
-        before = self.total
-        try:
-            with self.transaction():
-                run, total = self.connection.execute, self.total
-                rows = run(
-                    "SELECT event_key, checksum FROM events WHERE user_id=?", (user_id,)
-                ).fetchall()
-                for key, checksum in rows:
-                    total = Total(total.events - 1, total.last, _plus(total.sum, checksum, -1))
-                    run("INSERT OR IGNORE INTO erased VALUES (?)", (key,))
-                run("DELETE FROM events WHERE user_id=?", (user_id,))
-                run("DELETE FROM states WHERE user_id=?", (user_id,))
-                self.put_fact("total", total.to_bytes())
-                self.total = total
-        except BaseException:
-            self.total = before
-            raise
+        with self._changing():
+            run = self.connection.execute
+            rows = run(
+                "SELECT event_key, checksum FROM events WHERE user_id=?", (user_id,)
+            ).fetchall()
+            for key, checksum in rows:
+                total = self.total
+                left = _plus(_plus(total.sum, checksum, -1), _checksum(key))
+                self.total = Total(total.events - 1, total.last, left)
+                run("INSERT INTO erased VALUES (?)", (key,))
+            run("DELETE FROM events WHERE user_id=?", (user_id,))
+            run("DELETE FROM states WHERE user_id=?", (user_id,))
         self.checkpoint()
         return len(rows)
 
-    def checkpoint(self) -> None:
-        """Moves what is in the write-ahead log into the file and empties it."""
-        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    def checkpoint(self) -> bool:
+        """Moves what is in the write-ahead log into the file and empties it.
 
-    def key_of(self, event_id: str) -> bytes:
-        """16 bytes that stand for an event id in this log."""
-        return hashlib.blake2b(event_id.encode(), digest_size=16, key=self._salt).digest()
-
-    # reading
-
-    def after(self, offset: int, limit: int) -> list[Stored]:
-        """The events that follow an offset, in order, at most so many.
-
-        Raises:
-            DamagedError: naming the offset of a row that is not what was written.
+        Returns:
+            False if it could not: somebody reads, or the disk refuses. Nothing is lost by that.
         """
-        rows = self.connection.execute(
-            "SELECT * FROM events WHERE offset>? ORDER BY offset LIMIT ?", (offset, limit)
-        )
-        return [self._checked(row) for row in rows]
-
-    def of_user(self, user_id: Id) -> list[Stored]:
-        """All events of a user, in the order of arrival."""
-        rows = self.connection.execute(
-            "SELECT * FROM events WHERE user_id=? ORDER BY offset", (user_id,)
-        )
-        return [self._checked(row) for row in rows]
-
-    def verify(self) -> int:
-        """Reads every row and compares their sum with what was kept; returns how many there are.
-
-        Raises:
-            DamagedError: if a row was changed, lost or added, or the file is not whole.
-        """
-        count = total = 0
         try:
-            for row in self.connection.execute("SELECT * FROM events ORDER BY offset"):
-                self._checked(row)
-                count, total = count + 1, _plus(total, row[6])
-        except sqlite3.DatabaseError as error:
-            raise DamagedError(
-                f"{self.path} is damaged: {error}; restore it from a copy"
-            ) from error
-        if (count, total) != (self.total.events, self.total.sum):
-            raise DamagedError(
-                f"{self.path}: expected {self.total.events} events as they were written, found "
-                f"{count} that come to another sum; restore it from a copy"
-            )
-        return count
+            with self._told("written"):
+                answer = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except OSError as error:
+            log.warning("the write-ahead log cannot be emptied: %s", error)
+            return False
+        return bool(answer[0] == 0)
 
-    def _checked(self, row: Sequence[object]) -> Stored:
-        offset, key, user_id, item_id, time, fields, checksum = row
-        if _checksum(offset, key, user_id, item_id, time, fields) != checksum:
-            raise DamagedError(
-                f"{self.path}: the event at offset {offset} is not what was written; restore the "
-                "file from a copy"
-            )
-        read = json.loads(fields) if fields else NO_FIELDS  # type: ignore[arg-type]
-        return Stored(offset, key, user_id, item_id, time, read)  # type: ignore[arg-type]
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, with names that a power cut leaves.
+
+    Raises:
+        OSError: if it cannot be made.
+    """
+    missing = [one for one in (folder, *folder.absolute().parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in missing:
+        sync_folder(one.absolute().parent)
 
 
 def _checksum(*values: object) -> bytes:
-    return _digest(repr(values).encode())
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=8).digest()
+    return hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
 
 
 def _plus(total: int, checksum: bytes, sign: int = 1) -> int:

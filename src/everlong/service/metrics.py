@@ -64,9 +64,9 @@ class _Shards(Collector):
             ),
             ("repeated_events", "deliveries again", [s.repeated for s in service.shards]),
             (
-                "unknown_item_events",
-                "events of items that are not in the catalogue",
-                [s.applied.unknown_items for s in service.shards],
+                "unread_events",
+                "events of items that are not in the catalogue, or without fields that are read",
+                [s.applied.unread for s in service.shards],
             ),
             (
                 "late_events",

@@ -101,6 +101,10 @@ class Reader:
         return group, True
 
     def _serve(self, group: Sequence[Asked]) -> None:
+        # those that nobody waits for any more are left out
+        group = [asked for asked in group if asked.done.set_running_or_notify_cancel()]
+        if not group:
+            return
         try:
             deployment, state = self._live([asked.user_id for asked in group])
             wanted = [
@@ -121,7 +125,7 @@ class Reader:
             return []
         path = self._path_of(asked.user_id)
         if path not in self._logs:
-            self._logs[path] = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+            self._logs[path] = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
         rows = self._logs[path].execute(
             "SELECT DISTINCT item_id FROM events WHERE user_id=?", (asked.user_id,)
         )

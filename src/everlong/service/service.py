@@ -2,18 +2,21 @@
 
 data folder/
     service.json          shards, and which model is live; replaced as a whole
+    service.lock          held by the process that serves
     shard-0000.sqlite     events and states of some of the users
     ...
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +24,17 @@ import torch
 
 from everlong import state as states
 from everlong.atomic import write_bytes
-from everlong.service.arena import Arena, Standing
+from everlong.service.arena import Arena
 from everlong.service.deployment import Deployment, Listed, Wanted
-from everlong.service.log import DamagedError, Event, EventLog, Id, Receipt, Stored
+from everlong.service.log import DamagedError, Event, Id, LogReader, Receipt, Stored
 from everlong.service.reader import Reader
 from everlong.service.shard import Shard
+from everlong.service.standing import Standing
 from everlong.state import State
 
 log = logging.getLogger(__name__)
 
-ABOUT, VERSION = "service.json", 1
+ABOUT, LOCK, VERSION = "service.json", "service.lock", 1
 
 
 class Placed(NamedTuple):
@@ -48,18 +52,26 @@ class UserInfo(NamedTuple):
     state_bytes: int
 
 
+class Served(NamedTuple):
+    """A model and its states, one arena a shard."""
+
+    deployment: Deployment
+    arenas: list[Arena]
+
+
 class Service:
     """Events in, recommendations out.
 
     Args:
         folder: where everything is kept; made where there is nothing.
-        deployment: the model that answers.
+        deployment: the model that is asked for. If it was asked for the last time too, and another
+            one has been switched to since, that one goes on: a restart does not undo a switch.
         shards: of a new folder; one that is there keeps its number.
         capacity: most events that wait in a shard.
 
     Raises:
         DamagedError: if what is in the folder is not what was written.
-        OSError: if it cannot be opened.
+        OSError: if it cannot be opened, or another process serves it.
     """
 
     def __init__(
@@ -67,29 +79,53 @@ class Service:
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        about = self._about() or {"version": VERSION, "shards": shards}
-        self.shards = [
-            Shard(folder / f"shard-{number:04d}.sqlite", capacity=capacity)
-            for number in range(about["shards"])
-        ]
+        self._lock = _locked(folder / LOCK)
+        self.shards: list[Shard] = []
         self._switching = threading.Lock()
-        self._arenas: dict[str, list[Arena]] = {}
-        self.live = deployment
-        self.previous: Deployment | None = None
+        self._previous: Served | None = None
         try:
-            self._bring_up(deployment)
-            self._write_about()
+            about = self._about() or {"shards": shards}
+            for number in range(about["shards"]):
+                path = folder / f"shard-{number:04d}.sqlite"
+                self.shards.append(Shard(path, capacity=capacity))
+            self._asked = deployment.name
+            self._start(deployment, about)
             self.reader = Reader(self._live_states, lambda user: self._shard(user).log.path)
         except BaseException:
             for shard in self.shards:
                 shard.close()
+            self._lock.close()
             raise
+
+    def _start(self, deployment: Deployment, about: Mapping[str, Any]) -> None:
+        live = about.get("live")
+        if about.get("asked") == deployment.name and live and live["digest"] != deployment.name:
+            deployment = _stored(live) or deployment
+        self._served = self._bring_up(deployment)
+        before = about.get("previous")
+        if before and before["digest"] != deployment.name and (found := _stored(before)):
+            self._previous = self._bring_up(found)
+        self._write_about()
+        names = {one.deployment.name for one in (self._served, self._previous) if one}
+        for shard in self.shards:
+            shard.keep_records_of(names)
+
+    @property
+    def live(self) -> Deployment:
+        """The model that answers."""
+        return self._served.deployment
+
+    @property
+    def previous(self) -> Deployment | None:
+        """The model that was live before, to which ``roll_back`` goes."""
+        return None if self._previous is None else self._previous.deployment
 
     def close(self) -> None:
         """Answers what waits, writes all states, and stops."""
         self.reader.close()
         for shard in self.shards:
             shard.close()
+        self._lock.close()
 
     # events
 
@@ -140,7 +176,9 @@ class Service:
     def info(self, user_id: Id) -> UserInfo | None:
         """What is known of a user; None of one who is not known."""
         number = self.shard_of(user_id)
-        arena = self._arenas[self.live.name][number]
+        arena = self._served.arenas[number]
+        if not arena.complete and user_id not in arena:
+            self.shards[number].warm([user_id])
         standing = arena.standing(user_id)
         if standing is None:
             return None
@@ -148,57 +186,65 @@ class Service:
 
     def history(self, user_id: Id, count: int) -> list[Stored]:
         """The last events of a user, newest first."""
-        log = EventLog(self._shard(user_id).log.path)
-        try:
-            return log.of_user(user_id)[: -count - 1 : -1]
-        finally:
-            log.close()
+        with closing(LogReader(self._shard(user_id).log.path)) as log:
+            return log.last_of_user(user_id, count)
 
     def offset_of(self, user_id: Id) -> int:
         """Every event of a user's shard up to here is in the live states."""
-        return self._arenas[self.live.name][self.shard_of(user_id)].offset
+        return self._served.arenas[self.shard_of(user_id)].offset
 
     @property
     def bytes_per_user(self) -> int:
         """State and standing in the live model."""
-        return self._arenas[self.live.name][0].bytes_per_user
+        return self._served.arenas[0].bytes_per_user
 
     @property
     def num_users(self) -> int:
         """Users with a state."""
-        return sum(len(arena) for arena in self._arenas[self.live.name])
+        return sum(len(arena) for arena in self._served.arenas)
 
     def _live_states(self, user_ids: Sequence[Id]) -> tuple[Deployment, State]:
-        # one look at what is live: the model and its states are of one another
-        live = self.live
-        arenas = self._arenas[live.name]
+        """The live model and the states of users in it."""
+        live, arenas = self._served
         owners = [self.shard_of(user_id) for user_id in user_ids]
-        if len(set(owners)) == 1:
-            return live, arenas[owners[0]].read(user_ids)
         parts, places = [], []
         for number in sorted(set(owners)):
             mine = [place for place, owner in enumerate(owners) if owner == number]
-            parts.append(arenas[number].read([user_ids[place] for place in mine]))
+            names, arena = [user_ids[place] for place in mine], arenas[number]
+            if not arena.complete and (cold := [name for name in names if name not in arena]):
+                self.shards[number].warm(cold)
+            parts.append(arena.read(names))
             places += mine
+        if len(parts) == 1:
+            return live, parts[0]
         back = torch.tensor(places).argsort()
         return live, states.take(states.concat(parts), back)
 
     # models
 
-    def switch(self, deployment: Deployment) -> None:
+    def switch(self, deployment: Deployment, *, since: int | None = None) -> None:
         """Builds the states of another model from the log while serving, then makes it live.
 
         The model that was live is kept up to date, so that ``roll_back`` is as quick.
+
+        Args:
+            deployment: the model.
+            since: users without an event at or after this time are left out at first: each of
+                their states is built when somebody asks for it.
         """
         with self._switching:
             if deployment.name == self.live.name:
-                self.live = deployment
+                self._served = self._served._replace(deployment=deployment)
+                self._write_about()
                 return
-            if self.previous is not None and self.previous.name != deployment.name:
-                self._let_go(self.previous)
-            if deployment.name not in self._arenas:
-                self._bring_up(deployment)
-            self.live, self.previous = deployment, self.live
+            if self._previous is not None and self._previous.deployment.name != deployment.name:
+                gone, self._previous = self._previous, None
+                self._write_about()
+                for shard, arena in zip(self.shards, gone.arenas, strict=True):
+                    shard.drop(arena)
+            coming = self._previous and self._previous._replace(deployment=deployment)
+            coming = coming or self._bring_up(deployment, since)
+            self._served, self._previous = coming, self._served
             self._write_about()
 
     def roll_back(self) -> Deployment:
@@ -208,25 +254,19 @@ class Service:
             ValueError: if there is none.
         """
         with self._switching:
-            if self.previous is None:
+            if self._previous is None:
                 raise ValueError(
                     "expected a model that was live before, received none; switch once"
                 )
-            self.live, self.previous = self.previous, self.live
+            self._served, self._previous = self._previous, self._served
             self._write_about()
             return self.live
 
-    def _bring_up(self, deployment: Deployment) -> None:
+    def _bring_up(self, deployment: Deployment, since: int | None = None) -> Served:
         arenas = [deployment.arena() for _ in self.shards]
         for shard, arena in zip(self.shards, arenas, strict=True):
-            shard.restore(arena).result()
-            shard.catch_up(arena)
-            shard.add(arena).result()
-        self._arenas[deployment.name] = arenas
-
-    def _let_go(self, deployment: Deployment) -> None:
-        for shard, arena in zip(self.shards, self._arenas.pop(deployment.name), strict=True):
-            shard.drop(arena).result()
+            shard.bring_up(arena, since=since)
+        return Served(deployment, arenas)
 
     # what is where
 
@@ -238,7 +278,10 @@ class Service:
             about: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if about["version"] != VERSION or not about["shards"] >= 1:
                 raise ValueError(f"version {about['version']}, {about['shards']} shards")
-        except (ValueError, KeyError, TypeError) as error:
+            for model in (about["live"], about["previous"]):
+                if model is not None and not {"folder", "digest"} <= model.keys():
+                    raise ValueError(f"a model with {sorted(model)}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DamagedError(
                 f"{path} is not what was written: {error}; restore it from a copy"
             ) from error
@@ -248,8 +291,36 @@ class Service:
         about = {
             "version": VERSION,
             "shards": len(self.shards),
-            "model": str(self.live.folder),
-            "digest": self.live.name,
-            "previous": None if self.previous is None else str(self.previous.folder),
+            "asked": self._asked,
+            "live": _named(self.live),
+            "previous": None if self.previous is None else _named(self.previous),
         }
         write_bytes(self.folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def _named(deployment: Deployment) -> Mapping[str, str]:
+    return {"folder": str(deployment.folder), "digest": deployment.name}
+
+
+def _stored(model: Mapping[str, str]) -> Deployment | None:
+    """A model that was served before; None if its folder does not hold it any more."""
+    try:
+        found = Deployment.read(model["folder"])
+    except (ValueError, OSError) as error:
+        log.warning("the model in %s cannot be served again: %s", model["folder"], error)
+        return None
+    if found.name != model["digest"]:
+        log.warning("%s holds another model than was served from it", model["folder"])
+        return None
+    return found
+
+
+def _locked(path: Path) -> Any:
+    """A file that only one process holds at a time; the system lets it go if that dies."""
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise OSError(f"{path.parent} is in use by another process; stop that first") from error
+    return file

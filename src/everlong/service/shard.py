@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import logging
 import queue
-import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from everlong.service.arena import Applied, Arena
-from everlong.service.log import Event, EventLog, Id, Receipt
+from everlong.service.log import Event, EventLog, Id, LogReader, Receipt
+from everlong.service.replay import backfill, read_on, rebuild
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +33,27 @@ LINGER_S = 0.002
 """How long a group waits for company."""
 
 CHECKPOINT_S = 5.0
-SLICE = 256
-"""States that are written between two groups of events."""
+SLICE = 64
+"""States that are written between two groups of events: few, so that events wait for a moment."""
 
-REPLAY = 8_192
-"""Events that are read at once on start."""
+RECORDS = 8_192
+"""States that are read at once on start."""
 
+NEAR = 8_192
+"""An arena that lacks fewer events is brought up to the log by the writer itself."""
 
-_NOTHING: list[tuple[Arena, np.ndarray]] = []
+# names of facts, before that of the model
+_WATERMARK, _INCOMPLETE = "watermark ", "incomplete "
+
+T = TypeVar("T")
 
 
 class FullError(RuntimeError):
     """The queue of a shard has no room."""
+
+
+class BehindError(RuntimeError):
+    """Events are on disk, and could not be read into the states."""
 
 
 class Work(NamedTuple):
@@ -52,6 +62,14 @@ class Work(NamedTuple):
     events: Sequence[Event]
     act: Callable[[], Any] | None
     done: Future[Any]
+
+
+class Unwritten(NamedTuple):
+    """States that are to be written, and up to where an arena's are all on disk after that."""
+
+    arena: Arena
+    offset: int
+    rows: np.ndarray
 
 
 class Shard:
@@ -69,13 +87,16 @@ class Shard:
     def __init__(self, path: Path, *, capacity: int = 10_000) -> None:
         self.log, self.capacity = EventLog(path), capacity
         self.arenas: dict[str, Arena] = {}
-        self.applied = Applied(0, 0, 0, 0)
+        self.applied = Applied()
         self.repeated = 0
         self.writable = True
         self._queue: queue.Queue[Work | None] = queue.Queue()
         self._waiting, self._count = 0, threading.Lock()
         self._last_checkpoint = time.monotonic()
-        self._target, self._pending = 0, _NOTHING
+        self._pending: list[Unwritten] = []
+        self._written: dict[str, int] = {}
+        # users who were erased while an arena, by its name, was being filled
+        self._erased_since: dict[str, set[Id]] = {}
         self._thread = threading.Thread(target=self._write, name=f"writer {path.name}")
         self._thread.start()
 
@@ -101,30 +122,44 @@ class Shard:
         """Queues the erasure of a user; the future holds how many events there were."""
         return self._do(lambda: self._erase(user_id))
 
-    def add(self, arena: Arena) -> Future[None]:
-        """Brings an arena up to the log and keeps it there from then on.
+    def bring_up(self, arena: Arena, *, since: int | None = None) -> None:
+        """Fills an arena and keeps it up to date from then on; events are taken meanwhile.
 
-        What was read into it before, by ``restore`` or from the log, is not read again.
+        From the records of its model if there are any, else from the whole log at once.
+
+        Args:
+            arena: empty.
+            since: see :func:`everlong.service.backfill.backfill`.
+
+        Raises:
+            DamagedError: if the log is not what was written.
+            OSError: if it cannot be read.
         """
-        return self._do(lambda: self._add(arena))
-
-    def catch_up(self, arena: Arena) -> None:
-        """Brings an arena near to the log on the caller's thread, beside the writer."""
-        beside = EventLog(self.log.path)
+        began = time.monotonic()
         try:
-            while beside.total.last - arena.offset > REPLAY:
-                events = beside.after(arena.offset, REPLAY)
-                if not events:
-                    return
-                arena.apply(events)
-                arena.offset = events[-1].offset
-                beside.look()
-        finally:
-            beside.close()
+            self._do(lambda: self._restore(arena)).result()
+            with closing(LogReader(self.log.path)) as beside:
+                if arena.offset == 0:
+                    backfill(beside, arena, since=since)
+                while beside.look().last - arena.offset > NEAR:
+                    read_on(beside, arena)
+            self._do(lambda: self._add(arena)).result()
+        except BaseException:
+            self._do(lambda: self._erased_since.pop(arena.name, None)).result()
+            raise
+        log.info("%s: %d users in %.1f s", self.log.path.name, len(arena), time.monotonic() - began)
 
-    def drop(self, arena: Arena) -> Future[None]:
+    def drop(self, arena: Arena) -> None:
         """Lets an arena go, and its records."""
-        return self._do(lambda: self._drop(arena))
+        self._do(lambda: self._drop(arena)).result()
+
+    def keep_records_of(self, names: Collection[str]) -> None:
+        """Deletes the records of all models but some."""
+        self._do(lambda: self._keep_records_of(names)).result()
+
+    def warm(self, user_ids: Sequence[Id]) -> None:
+        """Builds the states of users who are in the log but not in an arena."""
+        self._do(lambda: self._warm(user_ids)).result()
 
     @property
     def waiting(self) -> int:
@@ -137,56 +172,69 @@ class Shard:
         self._thread.join()
         self.log.close()
 
-    def _do(self, act: Callable[[], Any]) -> Future[Any]:
-        work = Work((), act, Future())
-        self._queue.put(work)
-        return work.done
+    def _do(self, act: Callable[[], T]) -> Future[T]:
+        done: Future[T] = Future()
+        self._queue.put(Work((), act, done))
+        return done
 
-    # arenas
+    # what the writer does with arenas
 
-    def restore(self, arena: Arena) -> Future[int]:
-        """Reads the records of an arena's model; the future holds how many were damaged.
-
-        The states of their users are built from the log at once.
-        """
-        return self._do(lambda: self._restore(arena))
-
-    def _restore(self, arena: Arena) -> int:
-        run, spoiled = self.log.connection.execute, list[Id]()
-        rows = run("SELECT user_id, record FROM states WHERE model=?", (arena.name,))
-        while some := rows.fetchmany(REPLAY):
+    def _restore(self, arena: Arena) -> None:
+        """Reads the records of an arena's model; a user whose record is damaged is read anew."""
+        self._erased_since[arena.name] = set()
+        stored = self.log.fact(_WATERMARK + arena.name)
+        if stored is None:
+            # there may be some records, of a model whose first writing was cut short
+            return
+        arena.offset, spoiled = int(stored), list[Id]()
+        arena.complete = self.log.fact(_INCOMPLETE + arena.name) is None
+        rows = self.log.connection.execute(
+            "SELECT user_id, record FROM states WHERE model=?", (arena.name,)
+        )
+        while some := rows.fetchmany(RECORDS):
             spoiled += arena.load(some)
-        stored = self.log.fact(f"watermark {arena.name}")
-        arena.offset = 0 if stored is None else int(stored)
         if spoiled:
             log.warning("%d state records were damaged: their users are read anew", len(spoiled))
-        for user_id in spoiled:
-            # a user without a state has offset 0, so that all of the events count
-            arena.apply(self.log.of_user(user_id))
-        return len(spoiled)
+            rebuild(self.log, arena, spoiled)
 
     def _add(self, arena: Arena) -> None:
-        began, replayed = time.monotonic(), 0
-        while events := self.log.after(arena.offset, REPLAY):
-            arena.apply(events)
-            arena.offset, replayed = events[-1].offset, replayed + len(events)
+        # those who were erased meanwhile; they may have come back since
+        rebuild(self.log, arena, self._erased_since.pop(arena.name, ()))
+        if not arena.complete:
+            self.log.put_fact(_INCOMPLETE + arena.name, b"1")
+        self._bring(arena)
+        if arena.complete and arena.num_events != self.log.total.events:
+            log.warning("the states of %s do not follow from the log: read anew", arena.name)
+            arena.clear()
+            backfill(self.log, arena)
         self.arenas[arena.name] = arena
-        log.info(
-            "%s: %d users, %d events replayed in %.1f s",
-            self.log.path.name,
-            len(arena),
-            replayed,
-            time.monotonic() - began,
-        )
 
     def _drop(self, arena: Arena) -> None:
         self.arenas.pop(arena.name, None)
-        self._pending = [(other, rows) for other, rows in self._pending if other is not arena]
+        self._pending = [one for one in self._pending if one.arena is not arena]
+        self._keep_records_of(self.arenas)
+
+    def _keep_records_of(self, names: Collection[str]) -> None:
+        run = self.log.connection.execute
         with self.log.transaction():
-            self.log.connection.execute("DELETE FROM states WHERE model=?", (arena.name,))
-            self.log.connection.execute(
-                "DELETE FROM facts WHERE name=?", (f"watermark {arena.name}",)
-            )
+            for (name,) in run("SELECT DISTINCT model FROM states").fetchall():
+                if name not in names:
+                    run("DELETE FROM states WHERE model=?", (name,))
+            for (fact,) in run("SELECT name FROM facts").fetchall():
+                if fact.startswith((_WATERMARK, _INCOMPLETE)) and fact.split()[-1] not in names:
+                    run("DELETE FROM facts WHERE name=?", (fact,))
+
+    def _warm(self, user_ids: Sequence[Id]) -> None:
+        for arena in self.arenas.values():
+            if not arena.complete:
+                rebuild(self.log, arena, [user_id for user_id in user_ids if user_id not in arena])
+
+    def _bring(self, arena: Arena) -> Applied:
+        """Applies what is in the log and not yet in an arena."""
+        applied = Applied()
+        while arena.offset < self.log.total.last:
+            applied = applied.plus(read_on(self.log, arena))
+        return applied
 
     # the writer
 
@@ -201,7 +249,8 @@ class Shard:
     def _next_group(self) -> tuple[list[Work], bool]:
         """What there is to do, gathered for a moment, and whether that is all for ever."""
         try:
-            work = self._queue.get(timeout=CHECKPOINT_S / 10)
+            # states that are being written are not kept waiting
+            work = self._queue.get(timeout=0 if self._pending else CHECKPOINT_S / 10)
         except queue.Empty:
             return [], False
         group, size, until = list[Work](), 0, time.monotonic() + LINGER_S
@@ -218,9 +267,11 @@ class Shard:
         return group, True
 
     def _serve(self, group: Sequence[Work]) -> None:
-        events = [event for work in group for event in work.events]
         with self._count:
-            self._waiting -= len(events)
+            self._waiting -= sum(len(work.events) for work in group)
+        # from here on nobody can take their work back; those who did are left out
+        group = [work for work in group if work.done.set_running_or_notify_cancel()]
+        events = [event for work in group for event in work.events]
         try:
             receipts = self._append(events)
         except Exception as error:
@@ -243,53 +294,64 @@ class Shard:
     def _append(self, events: Sequence[Event]) -> list[Receipt]:
         if not events:
             return []
-        before = self.log.total.last
         receipts = self.log.append(events)
+        try:
+            for arena in self.arenas.values():
+                # from where it stands: a group that could not be applied is not passed over
+                applied = self._bring(arena)
+                if arena is next(iter(self.arenas.values())):
+                    self.applied = self.applied.plus(applied)
+        except Exception as error:
+            log.exception("events are in the log but not in the states")
+            raise BehindError(
+                "the events are on disk but could not be read into the states; they will be with "
+                "the next ones: send them again to be sure"
+            ) from error
         self.writable = True
-        new = self.log.after(before, len(events))
-        for arena in self.arenas.values():
-            applied = arena.apply(new)
-            arena.offset = self.log.total.last
-        if self.arenas:
-            self.applied = Applied(*(a + b for a, b in zip(self.applied, applied, strict=True)))
-        self.repeated += len(receipts) - len(new)
+        self.repeated += sum(not receipt.new for receipt in receipts)
         return receipts
 
     def _erase(self, user_id: Id) -> int:
         count = self.log.erase(user_id)
         for arena in self.arenas.values():
             arena.forget(user_id)
+        for users in self._erased_since.values():
+            users.add(user_id)
         return count
 
     def _checkpoint_some(self) -> None:
         """Writes a slice of the changed states, if it is time to."""
         now = time.monotonic()
-        if not self._target:
+        if not self._pending:
             if now - self._last_checkpoint < CHECKPOINT_S:
                 return
+            self._last_checkpoint = now
             self._begin_checkpoint()
         try:
             self._checkpoint_slice()
-        except (OSError, sqlite3.OperationalError) as error:
+        except Exception as error:
+            # they follow from the log: events are taken all the same
             log.warning("states cannot be written: %s", error)
-            self._last_checkpoint, self._target, self._pending = now, 0, _NOTHING
+            self._pending = []
 
     def _begin_checkpoint(self) -> None:
-        self._target = self.log.total.last
-        self._pending = [(arena, arena.dirty()) for arena in self.arenas.values()]
+        for arena in self.arenas.values():
+            rows = arena.dirty()
+            if rows.size or self._written.get(arena.name) != arena.offset:
+                self._pending.append(Unwritten(arena, arena.offset, rows))
 
     def _checkpoint_slice(self) -> None:
         """Some states of one arena; with its last ones the offset up to which all are written."""
-        if self._pending:
-            (arena, rows), others = self._pending[0], self._pending[1:]
-            left = rows[SLICE:]
-            self._write_states(arena, rows[:SLICE], last=left.size == 0)
-            self._pending = [(arena, left), *others] if left.size else others
         if not self._pending:
-            self._target, self._last_checkpoint = 0, time.monotonic()
+            return
+        (arena, offset, rows), others = self._pending[0], self._pending[1:]
+        now, left = rows[:SLICE], rows[SLICE:]
+        self._write_states(arena, now, offset if left.size == 0 else None)
+        self._pending = [Unwritten(arena, offset, left), *others] if left.size else others
+        if not self._pending:
             self.log.checkpoint()
 
-    def _write_states(self, arena: Arena, rows: np.ndarray, *, last: bool) -> None:
+    def _write_states(self, arena: Arena, rows: np.ndarray, watermark: int | None) -> None:
         records = arena.records(rows)
         try:
             with self.log.transaction():
@@ -298,21 +360,24 @@ class Shard:
                     "SET record=excluded.record",
                     [(arena.name, user_id, record) for user_id, record in records],
                 )
-                if last:
-                    # every state that changed up to the target has been written since
-                    name = f"watermark {arena.name}"
-                    self.log.put_fact(name, str(self._target).encode())
+                if watermark is not None:
+                    # every state that had changed up to there has been written since
+                    self.log.put_fact(_WATERMARK + arena.name, str(watermark).encode())
         except BaseException:
             arena.not_written(user_id for user_id, _ in records)
             raise
+        if watermark is not None:
+            self._written[arena.name] = watermark
 
     def _finish(self) -> None:
         try:
-            while self._pending:
-                self._checkpoint_slice()
-            self._begin_checkpoint()
+            # what is pending, and then what has changed since
+            for _ in range(2):
+                while self._pending:
+                    self._checkpoint_slice()
+                self._begin_checkpoint()
             while self._pending:
                 self._checkpoint_slice()
             self.log.checkpoint()
-        except (OSError, sqlite3.OperationalError) as error:
+        except Exception as error:
             log.warning("states cannot be written: %s; they follow from the log", error)

@@ -1,0 +1,405 @@
+"""The best items of a catalogue: found by a coarse look, decided by the scores themselves.
+
+The score of an item is its product with the user vector plus its bias, summed in float64 and then
+rounded to float32: it does not depend on who else is asked about in the same call. The coarse look
+is a product in bfloat16, of which it is known how far it can be from the score; items that could
+be among the best by that are scored, the others cannot be. So the list is always exact.
+
+Where there is an index, it names the items to be scored instead, and the list is nearly exact.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from everlong.model import ItemHead
+from everlong.topk import NONE, top_k
+
+log = logging.getLogger(__name__)
+
+HALF_FROM = 8_192
+"""Items from which on the coarse look is in bfloat16, where the processor multiplies in it."""
+
+STRIDE = 64
+"""Items of which the highest stands for all in the search for the highest scores."""
+
+LEAST_STRIDES = 64
+"""Strides of one block of items at the least."""
+
+SPARE = 32
+"""Items beyond twice the places of a list that are scored after the coarse look."""
+
+TOGETHER = 64
+"""Users of one product."""
+
+SCORES = 1 << 22
+"""Coarse scores held at once: 16 MiB, few enough for the memory to be used again."""
+
+PRODUCTS = 1 << 22
+"""Products in float64 that are held at once."""
+
+RECALL, RECALL_AT = 0.95, 100
+"""An index has to find this share of the best so many items."""
+
+PROBES = (16, 32, 64, 96, 128, 192, 256)
+"""Lists of an index that are looked into: the first number that suffices is taken."""
+
+MOST_NAMED = 4_096
+"""Items that an index is asked for at most; a request for more is answered without it."""
+
+
+class Best(NamedTuple):
+    """Scores and items, best first, ``[B, k]`` each; -inf and -1 where nothing is left."""
+
+    scores: Tensor
+    items: Tensor
+
+
+Pairs = tuple[Tensor, Tensor]
+"""Users (rows of the call) and items that must not be listed for them, ``[E]`` each."""
+
+
+class Catalogue:
+    """Item vectors and biases, ready for search.
+
+    Args:
+        head: item vectors ``[I, D]`` and biases ``[I]``.
+        half: whether the coarse look is in bfloat16; None for whichever is quicker here.
+
+    Raises:
+        ValueError: if a vector or a bias is not finite.
+    """
+
+    def __init__(self, head: ItemHead, *, half: bool | None = None) -> None:
+        weight, bias = (part.detach().to("cpu", torch.float32).contiguous() for part in head)
+        if not (bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
+            raise ValueError(
+                "item vectors must be finite numbers, received NaN or infinity; the model's "
+                "parameters have diverged: lower the learning rate"
+            )
+        self.weight, self._own_bias, self.bias = weight, bias, bias
+        if half is None:
+            half = len(weight) >= HALF_FROM and torch.cpu._is_avx512_bf16_supported()
+        # rows of zeros up to a whole number of strides; their bias of -inf keeps them out
+        size = -(-len(weight) // STRIDE) * STRIDE
+        padded = functional.pad(weight, (0, 0, 0, size - len(weight)))
+        self._table = padded.bfloat16() if half else padded
+        self._norms = weight.norm(dim=1)
+        self._error = _Error.of(padded, self._table, bias)
+        self.index: Index | None = None
+        self.recall: float | None = None
+        self.hide(torch.zeros(0, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def hide(self, items: Tensor) -> None:
+        """Keeps items (rows ``[n]``) out of every list from now on; they replace those before."""
+        bias = self._own_bias.index_fill(0, items, -torch.inf)
+        if self.index is not None:
+            self.index.hide(items)
+        short = len(self._table) - len(bias)
+        self._coarse_bias = functional.pad(bias, (0, short), value=-torch.inf)
+        self.bias = bias
+
+    def scores(self, user: Tensor, items: Tensor) -> Tensor:
+        """Scores ``[B, C]`` of items ``[B, C]``; -inf of those that are hidden."""
+        size = max(1, PRODUCTS // max(1, items.shape[1] * user.shape[1]))
+        parts = [
+            (self.weight[rows].double() * some.double()[:, None]).sum(-1) + self.bias[rows].double()
+            for some, rows in zip(torch.split(user, size), torch.split(items, size), strict=True)
+        ]
+        return torch.cat(parts).float() if parts else user.new_empty(items.shape)
+
+    def best(self, user: Tensor, k: int, exclude: Pairs | None = None) -> Best:
+        """The ``min(k, I)`` best items of users ``[B, D]``, the lower row first among equals.
+
+        Raises:
+            ValueError: if a user vector is not finite, or ``k`` is below 1.
+        """
+        if k < 1:
+            raise ValueError(f"a list needs at least one place: expected k >= 1, received {k}")
+        if not bool(user.isfinite().all()):
+            raise ValueError(
+                "user vectors must be finite numbers, received NaN or infinity; the model's "
+                "parameters or state have diverged: rebuild the state"
+            )
+        rows, items = exclude or (torch.zeros(0, dtype=torch.int64),) * 2
+        if self.index is not None:
+            return self._nearly_best(self.index, user.float(), k, rows, items)
+        return self._best(user.float(), k, rows, items)
+
+    def among(self, user: Tensor, k: int, items: Tensor) -> Best:
+        """The best ``k`` of some items (different rows ``[n]``) for one user ``[1, D]``."""
+        items = items.sort()[0]
+        return _in_order(self.scores(user, items[None]), items[None], k)
+
+    def similar(self, item: int, k: int) -> Best:
+        """The ``k`` items nearest to one by cosine, ``[1, k]``.
+
+        Raises:
+            TypeError: if the item vectors are mere numbers.
+        """
+        if self.weight.shape[1] < 2:
+            raise TypeError("the model has no item vectors to compare")
+        norms = self._norms.clamp(min=1e-12)
+        cosines = torch.mv(self.weight, self.weight[item] / norms[item]) / norms
+        cosines[self.bias.isneginf()] = -torch.inf
+        cosines[item] = -torch.inf
+        return Best(*top_k(cosines[None], k))
+
+    # exactly
+
+    def _best(self, user: Tensor, k: int, rows: Tensor, items: Tensor) -> Best:
+        found = []
+        for first in range(0, len(user), TOGETHER):
+            own = (rows >= first) & (rows < first + TOGETHER)
+            pairs = rows[own] - first, items[own]
+            found.append(self._best_together(user[first : first + TOGETHER], k, pairs))
+        if not found:
+            k = min(k, len(self))
+            return Best(user.new_empty(0, k), torch.empty(0, k, dtype=torch.int64))
+        return Best(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+    def _best_together(self, user: Tensor, k: int, exclude: Pairs) -> Best:
+        k = min(k, len(self))
+        keep = min(2 * k + SPARE, len(self._table))
+        coarse, items = user.new_empty(len(user), 0), exclude[1].new_empty(len(user), 0)
+        for first, some in self._look(user, exclude):
+            values, found = _highest(some, keep)
+            coarse, items = torch.cat([coarse, values], 1), torch.cat([items, found + first], 1)
+        if coarse.shape[1] > keep:
+            coarse, columns = coarse.topk(keep)
+            items = items.gather(1, columns)
+        out = coarse.isneginf()
+        # rows of the padding are among those that are out
+        items, order = items.clamp(max=len(self) - 1).sort(dim=1)
+        scores = self.scores(user, items).masked_fill(out.gather(1, order), -torch.inf)
+        best = _in_order(scores, items, k)
+        # nothing that was not scored can be as high as the k-th score, if that is above this
+        lowest = coarse.amin(1)
+        limit = self._error.highest(lowest, user)
+        open_ = ~((best.scores[:, -1] > limit) | lowest.isneginf())
+        for row in open_.nonzero()[:, 0].tolist():
+            own = exclude[1][exclude[0] == row]
+            pairs = torch.zeros_like(own), own
+            again = self._best_above(user[row : row + 1], k, pairs, best.scores[row, -1])
+            best.scores[row], best.items[row] = again.scores[0], again.items[0]
+        return best
+
+    def _best_above(self, user: Tensor, k: int, exclude: Pairs, floor: Tensor) -> Best:
+        """The best of one user, of whom the k-th best score is known to be ``floor`` or higher."""
+        found = [
+            (self._error.highest(coarse[0], user) >= floor).nonzero()[:, 0] + first
+            for first, coarse in self._look(user, exclude)
+        ]
+        size = max(1, PRODUCTS // user.shape[1])
+        parts = torch.split(torch.cat(found), size)
+        scores = torch.cat([self.scores(user, part[None]) for part in parts], dim=1)
+        return _in_order(scores, torch.cat(parts)[None], k)
+
+    def _look(self, user: Tensor, exclude: Pairs) -> Iterator[tuple[int, Tensor]]:
+        """Coarse scores ``[B, n]`` of one block of items after the other, and where it begins."""
+        # few sizes of batches: the kernel of a product is compiled for every new one
+        count = 1 << (len(user) - 1).bit_length()
+        padded = functional.pad(user, (0, 0, 0, count - len(user))).to(self._table.dtype)
+        size = max(SCORES // count // STRIDE, LEAST_STRIDES) * STRIDE
+        rows, items = exclude
+        for first in range(0, len(self._table), size):
+            own = slice(first, first + size)
+            product = functional.linear(padded, self._table[own])[: len(user)]
+            coarse = product + self._coarse_bias[own]
+            here = (items >= first) & (items < first + size)
+            coarse[rows[here], items[here] - first] = -torch.inf
+            yield first, coarse
+
+    # nearly
+
+    def build_index(self, queries: Tensor, *, probes: Sequence[int] = PROBES) -> bool:
+        """Builds an index if it finds what the exact search finds; whether it does.
+
+        Args:
+            queries: user vectors ``[Q, D]`` such as will be asked about.
+            probes: numbers of lists to look into that are tried.
+
+        Raises:
+            ImportError: without the extra ``ann``.
+        """
+        k = min(RECALL_AT, len(self))
+        none = torch.zeros(0, dtype=torch.int64)
+        wanted = self._best(queries.float(), k, none, none).items
+        index = Index(self.weight, self._own_bias)
+        index.hide(self.bias.isneginf().nonzero()[:, 0])
+        for index.probes in probes:
+            found = self._named(index, queries.float(), k, none, none, 0).items
+            self.recall = _recall(wanted, found)
+            if self.recall >= RECALL:
+                self.index = index
+                log.info("index: recall %.4f with %d lists", self.recall, index.probes)
+                return True
+        log.warning(
+            "index refused: recall@%d %.4f, expected %.2f; every search stays exact",
+            k,
+            self.recall,
+            RECALL,
+        )
+        return False
+
+    def _nearly_best(self, index: Index, user: Tensor, k: int, rows: Tensor, items: Tensor) -> Best:
+        k = min(k, len(self))
+        left_out = torch.bincount(rows, minlength=len(user))
+        most = int(left_out.max()) if len(user) else 0
+        if _named_for(k) + most > MOST_NAMED:
+            return self._best(user, k, rows, items)
+        best = self._named(index, user, k, rows, items, most)
+        short = best.scores[:, -1].isneginf().nonzero()[:, 0]
+        if short.numel():
+            place = torch.full((len(user),), NONE).index_copy(0, short, torch.arange(len(short)))
+            own = place[rows] >= 0
+            again = self._best(user[short], k, place[rows[own]], items[own])
+            best.scores[short], best.items[short] = again
+        return best
+
+    def _named(
+        self, index: Index, user: Tensor, k: int, rows: Tensor, items: Tensor, more: int
+    ) -> Best:
+        """The best of what the index names, which is ``more`` than what the list needs."""
+        named = index.nearest(user, min(_named_for(k) + more, len(self))).sort(dim=1)[0]
+        scores = self.scores(user, named.clamp(min=0))
+        # one number for a user and an item
+        out = torch.isin(
+            named + torch.arange(len(user))[:, None] * len(self), rows * len(self) + items
+        )
+        return _in_order(scores.masked_fill(out | (named == NONE), -torch.inf), named, k)
+
+
+class _Error(NamedTuple):
+    """How far a coarse score can be from the score."""
+
+    length: float
+    """Of the longest coarse item vector."""
+    lost: float
+    """The longest difference of an item vector from its coarse one."""
+    bias: float
+    """The largest, whatever its sign."""
+    half: bool
+    width: int
+
+    @classmethod
+    def of(cls, weight: Tensor, table: Tensor, bias: Tensor) -> _Error:
+        coarse = table.float()
+        lost = (weight - coarse).norm(dim=1).max()
+        largest = bias.abs().max()
+        half = table.dtype != torch.float32
+        # norms in float32 are a little off themselves
+        longest, lost = 1.001 * coarse.norm(dim=1).max(), 1.001 * lost
+        return cls(float(longest), float(lost), float(largest), half, weight.shape[1])
+
+    def highest(self, coarse: Tensor, user: Tensor) -> Tensor:
+        """Above the scores of items with coarse scores ``[B]``, or ``[n]`` of one user."""
+        user, coarse = user.double(), coarse.double()
+        used = user.to(torch.bfloat16).double() if self.half else user
+        length, lost = user.norm(dim=1), (user - used).norm(dim=1)
+        # the vectors were rounded; then every one of the sums; then both scores to float32
+        sums = (self.width + 8) * 2.0**-23 * (length * self.length * 1.01 + self.bias)
+        error = length * self.lost + lost * self.length + sums + 1e-30
+        if self.half:
+            # the product is rounded to 8 bits before the bias is added
+            error = error + 2.0**-8 * (coarse.abs() + self.bias)
+        return coarse + error
+
+
+class Index:
+    """An inverted file over item vectors with their biases as one more dimension.
+
+    It is always built from vectors of our own and never read from a file, of which a damaged or
+    foreign one could do anything.
+
+    Raises:
+        ImportError: without the extra ``ann``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise ImportError('an index takes more: pip install "everlong[ann]"') from error
+        self._faiss: Any = faiss
+        self.probes = PROBES[0]
+        self._selector: Any = None
+        count, width = weight.shape
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        lists = max(1, min(int(4 * count**0.5), count // 39))
+        vectors = torch.cat([weight, bias[:, None]], dim=1).numpy()
+        index: Any = faiss.index_factory(width + 1, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        index.cp.niter, index.cp.max_points_per_centroid = 10, 64
+        index.cp.min_points_per_centroid = 1
+        index.train(vectors)
+        for first in range(0, count, 1 << 16):
+            index.add(vectors[first : first + (1 << 16)])
+        self._index = index
+
+    def hide(self, items: Tensor) -> None:
+        """Items that are not named from now on; they replace those before."""
+        allowed = np.ones(self._index.ntotal, dtype=np.bool_)
+        allowed[items.numpy()] = False
+        bits = np.packbits(allowed, bitorder="little")
+        some = self._faiss.IDSelectorBitmap(bits) if items.numel() else None
+        self._selector = some
+
+    def nearest(self, user: Tensor, count: int) -> Tensor:
+        """Items ``[B, count]`` that may be the best of users ``[B, D]``; -1 for no more."""
+        faiss = self._faiss
+        # a setting of the calling thread
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        how = faiss.SearchParametersIVF(nprobe=self.probes, sel=self._selector)
+        queries = functional.pad(user, (0, 1), value=1.0).numpy()
+        return torch.from_numpy(self._index.search(queries, count, params=how)[1])
+
+
+def made_up(vectors: Tensor, length: float, count: int) -> Tensor:
+    """User vectors ``[count, D]`` between those of a few items each, of a given length."""
+    seeded = torch.Generator().manual_seed(0)
+    some = torch.randint(len(vectors), (count, 3), generator=seeded)
+    found = vectors[some].mean(1)
+    found += 0.1 * found.std() * torch.randn(found.shape, generator=seeded)
+    return functional.normalize(found, dim=1) * (length or float(vectors.norm(dim=1).mean()))
+
+
+def _named_for(k: int) -> int:
+    """Items that an index names for a list of ``k``."""
+    return 4 * k + 32
+
+
+def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest of each row ``[B, n]`` and where they are; any among equals."""
+    users, width = scores.shape
+    count, columns = min(count, width), width // STRIDE
+    # the search for the highest is dearer than the product: one of many goes into it
+    if columns <= 2 * count or width % STRIDE:
+        values, places = scores.topk(count)
+        return values, places
+    chosen = scores.view(users, STRIDE, columns).amax(1).topk(count)[1]
+    places = (chosen[:, None] + columns * torch.arange(STRIDE)[:, None]).flatten(1)
+    values, order = scores.gather(1, places).topk(count)
+    return values, places.gather(1, order)
+
+
+def _in_order(scores: Tensor, items: Tensor, k: int) -> Best:
+    """The ``k`` best of items ``[B, C]`` in the order of their rows, by their scores ``[B, C]``."""
+    values, order = scores.sort(dim=1, descending=True, stable=True)
+    values, items = values[:, :k], items.gather(1, order[:, :k])
+    return Best(values, items.masked_fill(values.isneginf(), NONE))
+
+
+def _recall(wanted: Tensor, found: Tensor) -> float:
+    """The share of items ``[B, k]`` that were wanted and found."""
+    hits = (wanted[:, :, None] == found[:, None]).any(2) & (wanted != NONE)
+    return float(hits.sum()) / max(1, int((wanted != NONE).sum()))

@@ -1,0 +1,76 @@
+"""Events of the log as a model reads them: arrays, with items as rows of its catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from everlong.batch import Batch
+from everlong.service.log import Stored
+from everlong.service.standing import numbers_of
+
+
+class Columns(NamedTuple):
+    """``n`` events."""
+
+    offsets: np.ndarray
+    """``[n]`` int64."""
+    numbers: np.ndarray
+    """``[n]`` uint64, of the keys of the events."""
+    items: np.ndarray
+    """``[n]`` int64 rows; -1 where the model cannot read the event: its item is not in the
+    catalogue, or a field is not there or holds another code than the model has."""
+    times: np.ndarray
+    """``[n]`` int64."""
+    codes: np.ndarray
+    """``[n, X]`` int64, the fields that the model reads."""
+
+    @staticmethod
+    def of(
+        events: Sequence[Stored], row_of: Mapping[Any, int], field_codes: Mapping[str, int]
+    ) -> Columns:
+        """The columns of events for a model with a catalogue and fields."""
+        if not events:
+            none = np.zeros(0, dtype=np.int64)
+            codes = none.reshape(0, len(field_codes))
+            return Columns(none, none.astype(np.uint64), none, none, codes)
+        offsets, keys, _, item_ids, times, fields = zip(*events, strict=True)
+        items = np.array([row_of.get(item_id, -1) for item_id in item_ids], dtype=np.int64)
+        codes = np.array(
+            [[_code(own.get(name)) for name in field_codes] for own in fields], dtype=np.int64
+        ).reshape(len(events), -1)
+        if field_codes:
+            limits = np.array(list(field_codes.values()))
+            items[((codes < 0) | (codes >= limits)).any(axis=1)] = -1
+        return Columns(
+            np.array(offsets, dtype=np.int64),
+            numbers_of(keys),
+            items,
+            np.array(times, dtype=np.int64),
+            codes,
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Columns]) -> Columns:
+        """All parts, one after the other."""
+        return Columns(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+    def at(self, places: np.ndarray | slice) -> Columns:
+        """The events at some places."""
+        return Columns(*(values[places] for values in self))
+
+    def batch(self, lengths: np.ndarray, fields: Sequence[str]) -> Batch:
+        """The batch of events that lie user by user, ``lengths [B]`` each."""
+        return Batch(
+            items=torch.from_numpy(self.items),
+            times=torch.from_numpy(self.times),
+            offsets=torch.from_numpy(np.concatenate([[0], lengths.cumsum()])),
+            fields={name: torch.from_numpy(self.codes[:, n]) for n, name in enumerate(fields)},
+        )
+
+
+def _code(value: float | int | None) -> int:
+    return -1 if value is None or abs(value) > 1 << 31 else int(value)

@@ -1,0 +1,110 @@
+"""From the log to states: the events that follow, whole histories of some users, or all of it.
+
+A whole log is read once, in its order, into columns of 40 bytes an event; then the model reads
+whole histories as in training, in the order of their times, many events by one product.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from everlong.service.arena import Applied, Arena
+from everlong.service.columns import Columns
+from everlong.service.log import Id, LogReader, Stored
+
+SLICE = 8_192
+"""Events that are taken from the log at once."""
+
+EVENTS_IN_MEMORY = 1 << 25
+"""A log of more is read several times, each time for some of the users."""
+
+
+def backfill(log: LogReader, arena: Arena, *, since: int | None = None) -> Applied:
+    """Builds the states of all users of a log into an empty arena, up to the log's last event.
+
+    Args:
+        log: it may be written to meanwhile.
+        arena: empty; its ``offset`` is where the log stood when this began.
+        since: users without an event at or after this time are left out; they are built when they
+            are asked for.
+
+    Raises:
+        DamagedError: if the log is not what was written.
+        OSError: if it cannot be read.
+    """
+    total, applied = log.look(), Applied()
+    parts = max(1, -(-total.events // EVENTS_IN_MEMORY))
+    for part in range(parts):
+        user_ids, owner, columns = _histories(log, arena, total.last, part, parts)
+        if since is not None:
+            user_ids, owner, columns = _active(user_ids, owner, columns, since)
+        applied = applied.plus(arena.rebuild(user_ids, owner, columns))
+    arena.complete, arena.offset = since is None, total.last
+    return applied
+
+
+def read_on(log: LogReader, arena: Arena) -> Applied:
+    """Applies some more of a log's events, in the order of their arrival."""
+    events = log.after(arena.offset, SLICE)
+    if not arena.complete:
+        users = dict.fromkeys(event.user_id for event in events)
+        rebuild(log, arena, [user_id for user_id in users if user_id not in arena])
+    applied = arena.apply(events)
+    # offsets after the last event are of events that were erased
+    arena.offset = events[-1].offset if events else max(arena.offset, log.total.last)
+    return applied
+
+
+def rebuild(log: LogReader, arena: Arena, user_ids: Iterable[Id]) -> None:
+    """Reads the whole histories of users; those who have none are forgotten."""
+    for user_id in user_ids:
+        arena.forget(user_id)
+        if events := log.of_user(user_id):
+            owner = np.zeros(len(events), dtype=np.int64)
+            arena.rebuild([user_id], owner, arena.columns(events))
+
+
+def _histories(
+    log: LogReader, arena: Arena, last: int, part: int, parts: int
+) -> tuple[list[Id], np.ndarray, Columns]:
+    """Users of one part, whose each event is, and the events in the order of the log."""
+    number_of: dict[Id, int] = {}
+    owners, columns = [np.zeros(0, dtype=np.int64)], [arena.columns([])]
+    for events in _slices(log, last):
+        if parts > 1:
+            events = [event for event in events if _part_of(event.user_id, parts) == part]
+        owners.append(
+            np.array(
+                [number_of.setdefault(event.user_id, len(number_of)) for event in events],
+                dtype=np.int64,
+            )
+        )
+        columns.append(arena.columns(events))
+    return list(number_of), np.concatenate(owners), Columns.joined(columns)
+
+
+def _slices(log: LogReader, last: int) -> Iterator[list[Stored]]:
+    offset = 0
+    while offset < last and (events := log.after(offset, SLICE)):
+        offset = events[-1].offset
+        yield events if offset <= last else [event for event in events if event.offset <= last]
+
+
+def _part_of(user_id: Id, parts: int) -> int:
+    return zlib.crc32(repr(user_id).encode()) % parts
+
+
+def _active(
+    user_ids: list[Id], owner: np.ndarray, columns: Columns, since: int
+) -> tuple[list[Id], np.ndarray, Columns]:
+    """Only users with an event at or after a time."""
+    newest = np.full(len(user_ids), np.iinfo(np.int64).min)
+    np.maximum.at(newest, owner, columns.times)
+    active = newest >= since
+    kept = active[owner]
+    number = np.cumsum(active) - 1
+    chosen = [user_ids[place] for place in np.flatnonzero(active)]
+    return chosen, number[owner[kept]], columns.at(kept)
