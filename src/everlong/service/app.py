@@ -4,23 +4,28 @@
 
 import asyncio
 import logging
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from everlong import __version__
+from everlong.service.console import add_console
 from everlong.service.deployment import Deployment, Listed, Wanted
+from everlong.service.gate import Counted, refuse_in_one_form
 from everlong.service.keys import Keys, Scope
-from everlong.service.log import Event, Id
+from everlong.service.log import DamagedError, Event, Id
 from everlong.service.messages import (
+    MAX_INT,
     MAX_K,
     ErasedOut,
     ErrorOut,
@@ -35,15 +40,17 @@ from everlong.service.messages import (
     RankIn,
     ReceiptOut,
     RecommendIn,
+    UnavailableIn,
+    UnavailableOut,
     UserOut,
 )
 from everlong.service.metrics import Metrics
 from everlong.service.service import Placed, Service
-from everlong.service.shard import FullError
 
 log = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 20
+LOCAL_HOSTS = ["localhost", "127.0.0.1", "::1", "[::1]", "testserver"]
 ANSWER_S = 2.0
 """A request that takes longer is given up."""
 
@@ -54,7 +61,7 @@ HISTORY = 100
 """Events of a user that are told."""
 
 WRONG: dict[int | str, dict[str, Any]] = {
-    code: {"model": ErrorOut} for code in (401, 403, 404, 413, 429, 503)
+    code: {"model": ErrorOut} for code in (400, 401, 403, 404, 413, 422, 429, 503)
 }
 
 
@@ -70,7 +77,6 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         yield
-        state.draining = True
         await run_in_threadpool(service.close)
 
     app = FastAPI(
@@ -78,18 +84,22 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
         version=__version__,
         description="Events in, recommendations out, nothing lost.",
         lifespan=life,
-        # their pages load scripts from elsewhere
+        # their pages load scripts from elsewhere; the console has its own
         docs_url=None,
         redoc_url=None,
         responses=WRONG,
+        max_body_size=MAX_BODY,
     )
-    app.add_middleware(BodyLimit)
-    app.middleware("http")(state.measure)
-    app.exception_handler(FullError)(_refuse)
+    app.add_middleware(Counted, metrics=state.metrics)
+    if not len(state.keys):
+        # without keys a page from elsewhere must not reach the service under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+    refuse_in_one_form(app)
     _add_events(app, state)
     _add_reads(app, state)
     _add_models(app, state)
     _add_health(app, state)
+    add_console(app)
     return app
 
 
@@ -99,7 +109,6 @@ class _State:
     def __init__(self, service: Service, keys: Keys) -> None:
         self.service, self.keys = service, keys
         self.metrics = Metrics(service)
-        self.draining = False
         self._bearer = HTTPBearer(auto_error=False)
 
     def needs(self, scope: Scope) -> Any:
@@ -118,17 +127,6 @@ class _State:
 
         return Depends(check)
 
-    async def measure(
-        self, request: Request, proceed: Callable[[Request], Awaitable[Response]]
-    ) -> Response:
-        """Counts a request and its time by route, never by what is in it."""
-        began = time.perf_counter()
-        response = await proceed(request)
-        route = request.scope.get("route")
-        name = getattr(route, "path", "other")
-        self.metrics.observe(name, response.status_code, time.perf_counter() - began)
-        return response
-
     def user(self, user_id: Id) -> Id:
         """A user id of the type that the log has.
 
@@ -143,11 +141,12 @@ class _State:
 
     def event(self, given: EventIn) -> Event:
         """An event as the log takes it."""
-        missing = set(self.service.live.model.event_fields) - set(given.fields)
-        if missing:
-            raise HTTPException(
-                422, f"the model reads the fields {sorted(missing)} of events: expected them"
-            )
+        for name, codes in self.service.live.model.field_codes.items():
+            value = given.fields.get(name)
+            if not (isinstance(value, int) and 0 <= value < codes):
+                raise HTTPException(
+                    422, f"fields.{name}: expected a code 0 .. {codes - 1}, received something else"
+                )
         user_id, item_id = self.user(given.user_id), self.item(given.item_id)
         name = given.event_id or str(
             uuid.uuid5(uuid.NAMESPACE_OID, repr((user_id, item_id, given.timestamp)))
@@ -157,17 +156,24 @@ class _State:
     def listed(self, found: Listed, user_id: Id, *, stale: bool = False) -> ListOut:
         """A list as it is told."""
         return ListOut(
-            items=[
-                ItemOut(item_id=item, score=score)
-                for item, score in zip(found.items, found.scores, strict=True)
-            ],
+            items=_items(found),
             model=self.service.live.name,
-            known=self.service.info(user_id) is not None,
+            known=self.service.knows(user_id),
             stale=stale,
         )
 
 
+def _items(found: Listed) -> list[ItemOut]:
+    return [
+        ItemOut(item_id=item, score=score)
+        for item, score in zip(found.items, found.scores, strict=True)
+    ]
+
+
 def _typed(name: str, value: Id, kind: type[Any]) -> Id:
+    # clients fold these two away where they stand in a path, so that nobody could be erased
+    if value in (".", ".."):
+        raise HTTPException(422, f"{name}: expected an id that can stand in a path, received dots")
     if type(value) is kind:
         return value
     raise HTTPException(
@@ -175,8 +181,9 @@ def _typed(name: str, value: Id, kind: type[Any]) -> Id:
     )
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": str(error)}, 429, {"Retry-After": "1"})
+def _sent(message: BaseModel) -> Response:
+    """A message as it goes out, without a second look at it: the routes that are hot."""
+    return Response(message.model_dump_json(), media_type="application/json")
 
 
 async def _within(awaited: Awaitable[Any]) -> Any:
@@ -184,33 +191,35 @@ async def _within(awaited: Awaitable[Any]) -> Any:
         return await asyncio.wait_for(awaited, ANSWER_S)
     except TimeoutError:
         raise HTTPException(503, "no answer in time; try again", {"Retry-After": "1"}) from None
-    except OSError as error:
-        log.error("events cannot be written: %s", error)
+    except (OSError, DamagedError) as error:
+        log.error("the log cannot be used: %s", error)
         raise HTTPException(
-            503, "events cannot be written now; try again", {"Retry-After": "5"}
+            503, "the log cannot be used now; try again", {"Retry-After": "5"}
         ) from None
 
 
 def _add_events(app: FastAPI, state: _State) -> None:
     service = state.service
 
-    @app.post("/v1/events", dependencies=[state.needs("ingest")])
-    async def post_events(given: EventsIn) -> EventsOut:
+    @app.post("/v1/events", dependencies=[state.needs("ingest")], response_model=EventsOut)
+    async def post_events(given: EventsIn) -> Response:
         """Takes events; the answer comes when they are on disk and in the states."""
         events = [state.event(event) for event in given.events]
         placed = await _within(_placed(service, events))
-        return EventsOut(
-            receipts=[
-                ReceiptOut(shard=one.shard, offset=one.receipt.offset, new=one.receipt.new)
-                for one in placed
-            ]
+        return _sent(
+            EventsOut(
+                receipts=[
+                    ReceiptOut(shard=one.shard, offset=one.receipt.offset, new=one.receipt.new)
+                    for one in placed
+                ]
+            )
         )
 
-    @app.delete("/v1/users/{user_id}", dependencies=[state.needs("admin")])
+    @app.delete("/v1/users/{user_id:path}", dependencies=[state.needs("admin")])
     async def erase_user(user_id: str) -> ErasedOut:
         """Overwrites a user's events and states."""
         name = _from_path(user_id, service.live.user_type)
-        count = await asyncio.wrap_future(service.erase(name))
+        count = await _within(asyncio.wrap_future(service.erase(name)))
         return ErasedOut(events=count)
 
 
@@ -227,8 +236,8 @@ async def _placed(service: Service, events: list[Event]) -> list[Placed]:
 def _add_reads(app: FastAPI, state: _State) -> None:
     service = state.service
 
-    @app.post("/v1/recommend", dependencies=[state.needs("read")])
-    async def recommend(given: RecommendIn) -> ListOut:
+    @app.post("/v1/recommend", dependencies=[state.needs("read")], response_model=ListOut)
+    async def recommend(given: RecommendIn) -> Response:
         """The best items for a user, from the state alone."""
         user_id = state.user(given.user_id)
         wanted = Wanted(
@@ -240,7 +249,7 @@ def _add_reads(app: FastAPI, state: _State) -> None:
         fresh = await _reached(service, user_id, given.min_offset)
         future = service.recommend(user_id, wanted, filter_seen=given.filter_seen)
         found = await _within(asyncio.wrap_future(future))
-        return state.listed(found, user_id, stale=not fresh)
+        return _sent(state.listed(found, user_id, stale=not fresh))
 
     @app.post("/v1/rank", dependencies=[state.needs("read")])
     async def rank(given: RankIn) -> ListOut:
@@ -250,7 +259,7 @@ def _add_reads(app: FastAPI, state: _State) -> None:
         found = await _within(run_in_threadpool(service.rank, user_id, candidates, given.at))
         return state.listed(found, user_id)
 
-    @app.get("/v1/items/{item_id}/similar", dependencies=[state.needs("read")])
+    @app.get("/v1/items/{item_id:path}/similar", dependencies=[state.needs("read")])
     async def similar(item_id: str, k: Annotated[int, Query(ge=1, le=MAX_K)] = 10) -> ListOut:
         """The items nearest to one."""
         name = _from_path(item_id, service.live.item_type)
@@ -260,17 +269,13 @@ def _add_reads(app: FastAPI, state: _State) -> None:
             raise HTTPException(404, str(error)) from None
         if found is None:
             raise HTTPException(404, "no such item in the catalogue")
-        items = zip(found.items, found.scores, strict=True)
-        return ListOut(
-            items=[ItemOut(item_id=item, score=score) for item, score in items],
-            model=service.live.name,
-        )
+        return ListOut(items=_items(found), model=service.live.name)
 
-    @app.get("/v1/users/{user_id}", dependencies=[state.needs("read")])
+    @app.get("/v1/users/{user_id:path}", dependencies=[state.needs("read")])
     async def user(user_id: str) -> UserOut:
         """What is known of a user."""
         name = _from_path(user_id, service.live.user_type)
-        info = service.info(name)
+        info = await _within(run_in_threadpool(service.info, name))
         if info is None:
             raise HTTPException(404, "no such user")
         events = await run_in_threadpool(service.history, name, HISTORY)
@@ -282,7 +287,13 @@ def _add_reads(app: FastAPI, state: _State) -> None:
             newest=info.standing.newest,
             state_bytes=info.state_bytes,
             history=[
-                EventOut(offset=event.offset, item_id=event.item_id, timestamp=event.time)
+                EventOut(
+                    offset=event.offset,
+                    item_id=event.item_id,
+                    timestamp=event.time,
+                    fields=dict(event.fields),
+                    known=event.item_id in service.live.item_ids.row_of,
+                )
                 for event in events
             ],
         )
@@ -302,10 +313,10 @@ def _from_path(value: str, kind: type[Any]) -> Id:
     """An id from a path, of the type that the log has."""
     if kind is str:
         return value
-    try:
+    # one way to write a number, so that one user has one address
+    if re.fullmatch("0|-?[1-9][0-9]{0,18}", value, re.ASCII) and abs(int(value)) <= MAX_INT:
         return int(value)
-    except ValueError:
-        raise HTTPException(422, f"expected an integer id, received {value[:32]!r}") from None
+    raise HTTPException(422, f"expected an integer id, received {value[:32]!r}")
 
 
 def _add_models(app: FastAPI, state: _State) -> None:
@@ -320,6 +331,11 @@ def _add_models(app: FastAPI, state: _State) -> None:
             users=service.num_users,
             bytes_per_user=service.bytes_per_user,
             previous=None if previous is None else previous.name,
+            user_type="integer" if live.user_type is int else "text",
+            item_type="integer" if live.item_type is int else "text",
+            event_fields=dict(live.model.field_codes),
+            exact=live.catalogue is None or live.catalogue.index is None,
+            recall=None if live.catalogue is None else live.catalogue.recall,
         )
 
     @app.get("/v1/model", dependencies=[state.needs("read")])
@@ -332,8 +348,9 @@ def _add_models(app: FastAPI, state: _State) -> None:
         """Builds the states of another model while serving, and makes it live."""
         try:
             deployment = await run_in_threadpool(Deployment.read, given.folder)
-            await run_in_threadpool(service.switch, deployment)
-        except (ValueError, OSError) as error:
+            await run_in_threadpool(service.switch, deployment, since=given.since)
+        # a folder may hold anything
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise HTTPException(422, f"this model cannot be served: {error}") from None
         return told()
 
@@ -350,6 +367,17 @@ def _add_models(app: FastAPI, state: _State) -> None:
 def _add_health(app: FastAPI, state: _State) -> None:
     service = state.service
 
+    @app.put("/v1/unavailable", dependencies=[state.needs("admin")])
+    async def hide(given: UnavailableIn) -> UnavailableOut:
+        """Keeps items out of every list; they replace those before, and outlive a restart."""
+        await run_in_threadpool(service.hide, [state.item(item) for item in given.item_ids])
+        return UnavailableOut(item_ids=service.hidden)
+
+    @app.get("/v1/unavailable", dependencies=[state.needs("read")])
+    async def hidden() -> UnavailableOut:
+        """Items that are kept out of every list."""
+        return UnavailableOut(item_ids=service.hidden)
+
     @app.get("/livez")
     async def livez() -> dict[str, str]:
         """The process turns."""
@@ -358,43 +386,10 @@ def _add_health(app: FastAPI, state: _State) -> None:
     @app.get("/readyz")
     async def readyz() -> dict[str, str]:
         """Requests may come: states are there, the log can be written, nothing is ending."""
-        if state.draining:
-            raise HTTPException(503, "draining")
-        if not all(shard.writable for shard in service.shards):
-            raise HTTPException(503, "events cannot be written")
+        if (why := service.trouble()) is not None:
+            raise HTTPException(503, why)
         return {"status": "ready"}
 
     @app.get("/metrics", dependencies=[state.needs("admin")], include_in_schema=False)
     async def metrics() -> Response:
         return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-
-class BodyLimit:
-    """Refuses bodies above ``MAX_BODY``, also those that do not say how long they are."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > MAX_BODY:
-                answer = JSONResponse(
-                    {"detail": f"a body has at most {MAX_BODY} bytes; send less at once"}, 413
-                )
-                await answer(scope, receive, send)
-                return
-        whole: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Any:
-            return whole.pop() if whole else await receive()
-
-        await self.app(scope, replay, send)

@@ -99,6 +99,10 @@ class Arena:
         """State and standing."""
         return states.bytes_per_user(self._initial) + STANDING.itemsize + 1
 
+    def some_users(self, count: int) -> list[Id]:
+        """Users, at most so many."""
+        return [user_id for user_id in self._ids[:count] if user_id is not None]
+
     def standing(self, user_id: Id) -> Standing | None:
         """How far the state of a user goes; None of one who is not known."""
         row = self._rows.get(user_id)

@@ -309,7 +309,7 @@ class _Error(NamedTuple):
         length, lost = user.norm(dim=1), (user - used).norm(dim=1)
         # the vectors were rounded; then every one of the sums; then both scores to float32
         sums = (self.width + 8) * 2.0**-23 * (length * self.length * 1.01 + self.bias)
-        error = length * self.lost + lost * self.length + sums + 1e-30
+        error: Tensor = length * self.lost + lost * self.length + sums + 1e-30
         if self.half:
             # the product is rounded to 8 bits before the bias is added
             error = error + 2.0**-8 * (coarse.abs() + self.bias)

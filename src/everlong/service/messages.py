@@ -7,11 +7,13 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
 
 MAX_EVENTS, MAX_K, MAX_CANDIDATES, MAX_ID = 1_000, 1_000, 5_000, 128
+MAX_INT = 1 << 62
+MAX_UNAVAILABLE = 50_000
 LATEST = 1 << 40
 """Largest time that is taken, in seconds: far beyond any clock, far below what overflows."""
 
 Id = Annotated[
-    Annotated[StrictInt, Field(ge=-(1 << 62), le=1 << 62)]
+    Annotated[StrictInt, Field(ge=-MAX_INT, le=MAX_INT)]
     | Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID)],
     Field(description="an integer or a text, of the kind that the log of the model has"),
 ]
@@ -41,7 +43,10 @@ class EventIn(Message):
         ),
     ] = ""
     fields: Annotated[
-        dict[Annotated[str, Field(max_length=MAX_ID)], StrictInt | FiniteFloat],
+        dict[
+            Annotated[str, Field(max_length=MAX_ID)],
+            Annotated[StrictInt, Field(ge=-(1 << 53), le=1 << 53)] | FiniteFloat,
+        ],
         Field(max_length=32),
     ] = {}
 
@@ -123,6 +128,8 @@ class EventOut(Message):
     offset: int
     item_id: Id
     timestamp: int
+    fields: dict[str, int | float]
+    known: Annotated[bool, Field(description="whether the item is in the catalogue")]
 
 
 class ErasedOut(Message):
@@ -134,7 +141,14 @@ class ErasedOut(Message):
 class ModelIn(Message):
     """A model folder on the machine of the service."""
 
-    folder: Annotated[str, Field(min_length=1, max_length=4_096)]
+    folder: Annotated[StrictStr, Field(min_length=1, max_length=4_096, pattern="^[^\\x00]+$")]
+    since: Annotated[
+        Time | None,
+        Field(
+            description="states of users without an event at or after this time are built when "
+            "somebody asks for them"
+        ),
+    ] = None
 
 
 class ModelOut(Message):
@@ -145,7 +159,28 @@ class ModelOut(Message):
     items: int
     users: int
     bytes_per_user: int
+    user_type: Annotated[str, Field(description="integer or text")]
+    item_type: Annotated[str, Field(description="integer or text")]
+    event_fields: Annotated[
+        dict[str, int], Field(description="fields of events that the model reads; codes of each")
+    ]
+    exact: Annotated[bool, Field(description="lists are exact; else an index finds the items")]
     previous: Annotated[str | None, Field(description="digest of the model before it")] = None
+    recall: Annotated[
+        float | None, Field(description="share of the best 100 that the index finds")
+    ] = None
+
+
+class UnavailableIn(Message):
+    """Items that are not to be recommended."""
+
+    item_ids: Annotated[list[Id], Field(max_length=MAX_UNAVAILABLE)]
+
+
+class UnavailableOut(Message):
+    """Items that are not recommended."""
+
+    item_ids: list[Id]
 
 
 class ErrorOut(BaseModel):

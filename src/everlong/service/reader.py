@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -67,6 +66,11 @@ class Reader:
         asked = Asked(user_id, wanted, filter_seen, Future())
         self._queue.put(asked)
         return asked.done
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -130,13 +134,3 @@ class Reader:
             "SELECT DISTINCT item_id FROM events WHERE user_id=?", (asked.user_id,)
         )
         return [row[0] for row in rows]
-
-
-def waited(until: Callable[[], bool], seconds: float) -> bool:
-    """Whether something came true within a time."""
-    end = time.monotonic() + seconds
-    while not until():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.001)
-    return True

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +23,9 @@ log = logging.getLogger(__name__)
 DRAIN_S = 20
 """How long requests in flight may take once the service is to end."""
 
+TURN_S = 0.0005
+"""How long a thread may keep the others waiting: writer, reader and the loop share a core."""
+
 
 def run_service(
     model: Path,
@@ -28,6 +35,7 @@ def run_service(
     port: int,
     keys: Path | None,
     shards: int,
+    drain: float = 0.0,
     say: Callable[[str], None],
 ) -> None:
     """Serves until SIGTERM or Ctrl-C; then answers what is in flight and writes all states.
@@ -39,6 +47,8 @@ def run_service(
         port: 0 takes a free one, which is told.
         keys: file of API keys.
         shards: of a new data folder.
+        drain: seconds between the first sign of the end, when ``/readyz`` begins to refuse, and
+            the last new request, so that a load balancer has time to notice.
         say: takes lines for the user.
 
     Raises:
@@ -75,9 +85,27 @@ def run_service(
             server_header=False,
         )
         bound = listener.getsockname()
-        say(f"serving {deployment.recommender.origin.model} on http://{bound[0]}:{bound[1]}")
+        say(f"serving {service.live.recommender.origin.model} on http://{bound[0]}:{bound[1]}")
         say(f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}")
-        uvicorn.Server(config).run(sockets=[listener])
+        sys.setswitchinterval(TURN_S)
+        # what is there now stays: the collector need not look at it again and again
+        gc.collect()
+        gc.freeze()
+        _server(uvicorn.Server, config, service, drain).run(sockets=[listener])
+
+
+def _server(kind: Any, config: Any, service: Service, drain: float) -> Any:
+    """A server that says that it is not ready any more before it takes no more requests."""
+
+    class Server(kind):  # type: ignore[misc]
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            first, service.draining = not service.draining, True
+            if first and drain > 0:
+                threading.Timer(drain, super().handle_exit, [sig, frame]).start()
+            else:
+                super().handle_exit(sig, frame)
+
+    return Server(config)
 
 
 def is_loopback(host: str) -> bool:

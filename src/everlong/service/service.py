@@ -1,7 +1,7 @@
 """The service without its protocol: shards, the models in them, and what can be asked of them.
 
 data folder/
-    service.json          shards, and which model is live; replaced as a whole
+    service.json          shards, which model is live, items that are hidden; replaced as a whole
     service.lock          held by the process that serves
     shard-0000.sqlite     events and states of some of the users
     ...
@@ -25,7 +25,7 @@ import torch
 from everlong import state as states
 from everlong.atomic import write_bytes
 from everlong.service.arena import Arena
-from everlong.service.deployment import Deployment, Listed, Wanted
+from everlong.service.deployment import QUERIES, Deployment, Listed, Wanted
 from everlong.service.log import DamagedError, Event, Id, LogReader, Receipt, Stored
 from everlong.service.reader import Reader
 from everlong.service.shard import Shard
@@ -88,7 +88,8 @@ class Service:
             for number in range(about["shards"]):
                 path = folder / f"shard-{number:04d}.sqlite"
                 self.shards.append(Shard(path, capacity=capacity))
-            self._asked = deployment.name
+            self._asked, self.hidden = deployment.name, list[Id](about.get("hidden", ()))
+            self.draining = False
             self._start(deployment, about)
             self.reader = Reader(self._live_states, lambda user: self._shard(user).log.path)
         except BaseException:
@@ -109,6 +110,16 @@ class Service:
         names = {one.deployment.name for one in (self._served, self._previous) if one}
         for shard in self.shards:
             shard.keep_records_of(names)
+
+    def trouble(self) -> str | None:
+        """Why requests should not come; None while they may."""
+        if self.draining:
+            return "the service is ending"
+        if not all(shard.writable for shard in self.shards):
+            return "events cannot be written"
+        if not (self.reader.alive and all(shard.alive for shard in self.shards)):
+            return "a thread has ended; start the service again"
+        return None
 
     @property
     def live(self) -> Deployment:
@@ -184,6 +195,10 @@ class Service:
             return None
         return UserInfo(number, standing, arena.bytes_per_user)
 
+    def knows(self, user_id: Id) -> bool:
+        """Whether a user has a state."""
+        return user_id in self._served.arenas[self.shard_of(user_id)]
+
     def history(self, user_id: Id, count: int) -> list[Stored]:
         """The last events of a user, newest first."""
         with closing(LogReader(self._shard(user_id).log.path)) as log:
@@ -233,7 +248,9 @@ class Service:
                 their states is built when somebody asks for it.
         """
         with self._switching:
+            self._check_kinds(deployment)
             if deployment.name == self.live.name:
+                deployment.hide(self.hidden)
                 self._served = self._served._replace(deployment=deployment)
                 self._write_about()
                 return
@@ -242,8 +259,7 @@ class Service:
                 self._write_about()
                 for shard, arena in zip(self.shards, gone.arenas, strict=True):
                     shard.drop(arena)
-            coming = self._previous and self._previous._replace(deployment=deployment)
-            coming = coming or self._bring_up(deployment, since)
+            coming = self._previous or self._bring_up(deployment, since)
             self._served, self._previous = coming, self._served
             self._write_about()
 
@@ -262,11 +278,42 @@ class Service:
             self._write_about()
             return self.live
 
+    def hide(self, item_ids: Sequence[Id]) -> None:
+        """Keeps items out of every list of every model, from now on and after a restart."""
+        with self._switching:
+            self.hidden = list(dict.fromkeys(item_ids))
+            for served in (self._served, self._previous):
+                if served is not None:
+                    served.deployment.hide(self.hidden)
+            self._write_about()
+
     def _bring_up(self, deployment: Deployment, since: int | None = None) -> Served:
+        self._check_kinds(deployment)
         arenas = [deployment.arena() for _ in self.shards]
-        for shard, arena in zip(self.shards, arenas, strict=True):
-            shard.bring_up(arena, since=since)
+        try:
+            for shard, arena in zip(self.shards, arenas, strict=True):
+                shard.bring_up(arena, since=since)
+        except BaseException:
+            for shard, arena in zip(self.shards, arenas, strict=True):
+                shard.drop(arena)
+            raise
+        deployment.prepare(arenas[0].read(arenas[0].some_users(QUERIES)))
+        deployment.hide(self.hidden)
         return Served(deployment, arenas)
+
+    def _check_kinds(self, deployment: Deployment) -> None:
+        """Refuses a model whose ids are of another type than those of the log."""
+        expected = (deployment.user_type, deployment.item_type)
+        for shard in self.shards:
+            with closing(LogReader(shard.log.path)) as log:
+                events = log.after(0, 1)
+            for found in events:
+                received = (type(found.user_id), type(found.item_id))
+                if received != expected:
+                    raise ValueError(
+                        f"the log has ids of users and items of types {_names(received)}, the "
+                        f"model of types {_names(expected)}; fit it on such a log"
+                    )
 
     # what is where
 
@@ -294,8 +341,13 @@ class Service:
             "asked": self._asked,
             "live": _named(self.live),
             "previous": None if self.previous is None else _named(self.previous),
+            "hidden": self.hidden,
         }
         write_bytes(self.folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+
+
+def _names(kinds: Sequence[type[Any]]) -> str:
+    return " and ".join(kind.__name__ for kind in kinds)
 
 
 def _named(deployment: Deployment) -> Mapping[str, str]:

@@ -162,6 +162,11 @@ class Shard:
         self._do(lambda: self._warm(user_ids)).result()
 
     @property
+    def alive(self) -> bool:
+        """Whether the writer goes on."""
+        return self._thread.is_alive()
+
+    @property
     def waiting(self) -> int:
         """Events in the queue."""
         return self._waiting

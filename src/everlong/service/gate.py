@@ -1,0 +1,88 @@
+"""What every request over HTTP passes: counting, and one form of refusal.
+
+A refusal says what was expected and never repeats what came in, which may be large or secret.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from everlong.service.metrics import Metrics
+from everlong.service.shard import BehindError, FullError
+
+MAX_FAULTS = 8
+"""Faults of a request that are told."""
+
+Asgi = Callable[..., Awaitable[None]]
+
+
+class Counted:
+    """Counts requests and their times by route, never by what is in them."""
+
+    def __init__(self, app: Asgi, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+
+        async def told(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, told)
+        finally:
+            name = getattr(scope.get("route"), "path", "other")
+            self.metrics.observe(name, status, time.perf_counter() - began)
+
+
+def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer that says what was wrong."""
+    # ASCII, because texts that came in may hold what UTF-8 cannot
+    body = json.dumps({"detail": detail[:2_000]}).encode()
+    return Response(body, status, headers, media_type="application/json")
+
+
+def faults(error: ValidationError | RequestValidationError) -> str:
+    """What is wrong with a message, without what was in it."""
+    found = error.errors()
+    told = [
+        f"{'.'.join(str(part)[:64] for part in fault['loc'])}: {fault['msg']}"
+        for fault in found[:MAX_FAULTS]
+    ]
+    return "; ".join(told + [f"and {len(found) - MAX_FAULTS} more"] * (len(found) > MAX_FAULTS))
+
+
+def refuse_in_one_form(app: FastAPI) -> None:
+    """Adds the handlers of errors."""
+
+    async def explain(request: Request, error: Any) -> Response:
+        return refusal(422, faults(error))
+
+    async def tell(request: Request, error: Any) -> Response:
+        return refusal(error.status_code, str(error.detail), error.headers)
+
+    async def full(request: Request, error: Any) -> Response:
+        return refusal(429, str(error), {"Retry-After": "1"})
+
+    async def later(request: Request, error: Any) -> Response:
+        return refusal(503, str(error), {"Retry-After": "1"})
+
+    app.exception_handler(ValidationError)(explain)
+    app.exception_handler(RequestValidationError)(explain)
+    app.exception_handler(HTTPException)(tell)
+    app.exception_handler(FullError)(full)
+    app.exception_handler(BehindError)(later)
