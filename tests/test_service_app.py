@@ -103,6 +103,7 @@ def test_what_is_refused(client: TestClient, path: str, body: Any, status: int) 
 
 def test_bodies_are_bounded_whatever_they_say(client: TestClient) -> None:
     big = b'{"events": "' + b"x" * MAX_BODY + b'"}'
+    client.headers["content-type"] = "application/json"
     assert client.post("/v1/events", content=big).status_code == 413
 
     def parts() -> Iterator[bytes]:
@@ -112,6 +113,16 @@ def test_bodies_are_bounded_whatever_they_say(client: TestClient) -> None:
     assert client.post("/v1/events", content=parts()).status_code == 413
     assert client.post("/v1/events", content=b"[" * 100_000).status_code == 422
     assert client.post("/v1/events", content=b'{"events": NaN}').status_code == 422
+    # what a form of a foreign page would send
+    plain = {"content-type": "text/plain"}
+    body = json.dumps({"events": [event("a", 1)]}).encode()
+    assert client.post("/v1/events", content=body, headers=plain).status_code == 422
+    assert client.post("/v1/events", content=body).status_code == 200
+    # a refusal is small, whatever came in
+    wrong = {"events": [{f"x{n}": n for n in range(100)}] * 500}
+    refused = client.post("/v1/events", json=wrong)
+    assert refused.status_code == 422
+    assert len(refused.content) < 4_000
 
 
 def test_keys_and_scopes(service: Service, tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Response
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
@@ -117,15 +118,49 @@ class _State:
         async def check(
             given: Annotated[HTTPAuthorizationCredentials | None, Depends(self._bearer)],
         ) -> None:
-            allowed = self.keys.allow(given.credentials if given else None, scope)
-            if allowed is None:
-                raise HTTPException(
-                    401, "expected a key: Authorization: Bearer ...", {"WWW-Authenticate": "Bearer"}
-                )
-            if not allowed:
-                raise HTTPException(403, f"this key may not do that: expected scope {scope}")
+            self.check(given.credentials if given else None, scope)
 
         return Depends(check)
+
+    def check(self, secret: str | None, scope: Scope) -> None:
+        """Lets through who may do something.
+
+        Raises:
+            HTTPException: 401 for a key that is not known, 403 for one that may not.
+        """
+        allowed = self.keys.allow(secret, scope)
+        if allowed is None:
+            raise HTTPException(
+                401, "expected a key: Authorization: Bearer ...", {"WWW-Authenticate": "Bearer"}
+            )
+        if not allowed:
+            raise HTTPException(403, f"this key may not do that: expected scope {scope}")
+
+    def hot(self, scope: Scope, message: type[BaseModel]) -> APIRouter:
+        """A router for a route of one message that is asked for all the time.
+
+        It is declared as the others are and says the same of itself, and reads the message straight
+        from the body: three times as quick.
+        """
+        state = self
+
+        class Hot(APIRoute):
+            def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+                answer = self.endpoint
+
+                async def handle(request: Request) -> Response:
+                    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+                    state.check(secret.strip() if scheme.lower() == "bearer" else None, scope)
+                    # a form of a foreign page cannot say this
+                    if "json" not in request.headers.get("content-type", ""):
+                        raise HTTPException(422, "expected content-type: application/json")
+                    given = message.model_validate_json(await request.body())
+                    response: Response = await answer(given)
+                    return response
+
+                return handle
+
+        return APIRouter(route_class=Hot, dependencies=[self.needs(scope)])
 
     def user(self, user_id: Id) -> Id:
         """A user id of the type that the log has.
@@ -201,7 +236,9 @@ async def _within(awaited: Awaitable[Any]) -> Any:
 def _add_events(app: FastAPI, state: _State) -> None:
     service = state.service
 
-    @app.post("/v1/events", dependencies=[state.needs("ingest")], response_model=EventsOut)
+    hot = state.hot("ingest", EventsIn)
+
+    @hot.post("/v1/events", response_model=EventsOut)
     async def post_events(given: EventsIn) -> Response:
         """Takes events; the answer comes when they are on disk and in the states."""
         events = [state.event(event) for event in given.events]
@@ -214,6 +251,8 @@ def _add_events(app: FastAPI, state: _State) -> None:
                 ]
             )
         )
+
+    app.include_router(hot)
 
     @app.delete("/v1/users/{user_id:path}", dependencies=[state.needs("admin")])
     async def erase_user(user_id: str) -> ErasedOut:
@@ -236,7 +275,9 @@ async def _placed(service: Service, events: list[Event]) -> list[Placed]:
 def _add_reads(app: FastAPI, state: _State) -> None:
     service = state.service
 
-    @app.post("/v1/recommend", dependencies=[state.needs("read")], response_model=ListOut)
+    hot = state.hot("read", RecommendIn)
+
+    @hot.post("/v1/recommend", response_model=ListOut)
     async def recommend(given: RecommendIn) -> Response:
         """The best items for a user, from the state alone."""
         user_id = state.user(given.user_id)
@@ -250,6 +291,8 @@ def _add_reads(app: FastAPI, state: _State) -> None:
         future = service.recommend(user_id, wanted, filter_seen=given.filter_seen)
         found = await _within(asyncio.wrap_future(future))
         return _sent(state.listed(found, user_id, stale=not fresh))
+
+    app.include_router(hot)
 
     @app.post("/v1/rank", dependencies=[state.needs("read")])
     async def rank(given: RankIn) -> ListOut:

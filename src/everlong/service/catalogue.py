@@ -34,7 +34,7 @@ LEAST_STRIDES = 64
 """Strides of one block of items at the least."""
 
 SPARE = 32
-"""Items beyond twice the places of a list that are scored after the coarse look."""
+"""Items beyond one and a half times the places of a list that are scored after the coarse look."""
 
 TOGETHER = 64
 """Users of one product."""
@@ -158,26 +158,29 @@ class Catalogue:
     # exactly
 
     def _best(self, user: Tensor, k: int, rows: Tensor, items: Tensor) -> Best:
+        k = min(k, len(self))
+        if len(user) == 0:
+            return Best(user.new_empty(0, k), torch.empty(0, k, dtype=torch.int64))
+        if len(user) <= TOGETHER:
+            return self._best_together(user, k, (rows, items))
         found = []
         for first in range(0, len(user), TOGETHER):
             own = (rows >= first) & (rows < first + TOGETHER)
             pairs = rows[own] - first, items[own]
             found.append(self._best_together(user[first : first + TOGETHER], k, pairs))
-        if not found:
-            k = min(k, len(self))
-            return Best(user.new_empty(0, k), torch.empty(0, k, dtype=torch.int64))
         return Best(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
     def _best_together(self, user: Tensor, k: int, exclude: Pairs) -> Best:
-        k = min(k, len(self))
-        keep = min(2 * k + SPARE, len(self._table))
-        coarse, items = user.new_empty(len(user), 0), exclude[1].new_empty(len(user), 0)
+        keep = min(k + k // 2 + SPARE, len(self._table))
+        blocks = []
         for first, some in self._look(user, exclude):
             values, found = _highest(some, keep)
-            coarse, items = torch.cat([coarse, values], 1), torch.cat([items, found + first], 1)
-        if coarse.shape[1] > keep:
-            coarse, columns = coarse.topk(keep)
-            items = items.gather(1, columns)
+            blocks.append((values, found + first))
+        coarse, items = blocks[0]
+        if len(blocks) > 1:
+            values, found = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
+            coarse, columns = values.topk(min(keep, values.shape[1]))
+            items = found.gather(1, columns)
         out = coarse.isneginf()
         # rows of the padding are among those that are out
         items, order = items.clamp(max=len(self) - 1).sort(dim=1)
@@ -216,8 +219,11 @@ class Catalogue:
             own = slice(first, first + size)
             product = functional.linear(padded, self._table[own])[: len(user)]
             coarse = product + self._coarse_bias[own]
-            here = (items >= first) & (items < first + size)
-            coarse[rows[here], items[here] - first] = -torch.inf
+            if len(self._table) <= size:
+                coarse[rows, items] = -torch.inf
+            else:
+                here = (items >= first) & (items < first + size)
+                coarse[rows[here], items[here] - first] = -torch.inf
             yield first, coarse
 
     # nearly
@@ -283,37 +289,30 @@ class Catalogue:
 class _Error(NamedTuple):
     """How far a coarse score can be from the score."""
 
-    length: float
-    """Of the longest coarse item vector."""
-    lost: float
-    """The longest difference of an item vector from its coarse one."""
-    bias: float
-    """The largest, whatever its sign."""
-    half: bool
-    width: int
+    by_length: float
+    """In lengths of the user vector."""
+    by_score: float
+    """In coarse scores."""
+    fixed: float
 
     @classmethod
     def of(cls, weight: Tensor, table: Tensor, bias: Tensor) -> _Error:
-        coarse = table.float()
-        lost = (weight - coarse).norm(dim=1).max()
-        largest = bias.abs().max()
-        half = table.dtype != torch.float32
+        coarse, largest = table.float(), float(bias.abs().max())
         # norms in float32 are a little off themselves
-        longest, lost = 1.001 * coarse.norm(dim=1).max(), 1.001 * lost
-        return cls(float(longest), float(lost), float(largest), half, weight.shape[1])
+        longest = 1.001 * float(coarse.norm(dim=1).max())
+        lost = 1.001 * float((weight - coarse).norm(dim=1).max())
+        sums = (weight.shape[1] + 8) * 2.0**-23
+        if table.dtype == torch.float32:
+            return cls(sums * longest, 2.0**-21, sums * largest + 1e-30)
+        # user vectors are rounded to 8 bits, as the item vectors were; then every one of the sums;
+        # then the product to 8 bits, before the bias is added
+        by_length = lost + (2.0**-9 + sums) * longest
+        return cls(by_length, 2.0**-8, (2.0**-8 + sums) * largest + 1e-30)
 
     def highest(self, coarse: Tensor, user: Tensor) -> Tensor:
         """Above the scores of items with coarse scores ``[B]``, or ``[n]`` of one user."""
-        user, coarse = user.double(), coarse.double()
-        used = user.to(torch.bfloat16).double() if self.half else user
-        length, lost = user.norm(dim=1), (user - used).norm(dim=1)
-        # the vectors were rounded; then every one of the sums; then both scores to float32
-        sums = (self.width + 8) * 2.0**-23 * (length * self.length * 1.01 + self.bias)
-        error: Tensor = length * self.lost + lost * self.length + sums + 1e-30
-        if self.half:
-            # the product is rounded to 8 bits before the bias is added
-            error = error + 2.0**-8 * (coarse.abs() + self.bias)
-        return coarse + error
+        far = user.norm(dim=1) * (1.001 * self.by_length) + self.fixed
+        return coarse + coarse.abs() * self.by_score + far
 
 
 class Index:
