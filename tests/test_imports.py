@@ -22,8 +22,8 @@ LAYERS = """
     ranking_losses ranking train_ranker
     users folder card two_stage recommender pipeline ranking_pipeline
     report plots testing bench demo fitting
-    service
-    cli
+    service client
+    cli __main__
 """
 ORDER = LAYERS.split()
 

@@ -1,4 +1,4 @@
-"""The command line: ``everlong demo, fit, evaluate, recommend, serve, data, bench``.
+"""The command line: ``everlong demo, fit, evaluate, recommend, serve, verify, data, bench``.
 
 Results go to standard output, everything else to standard error. Every command imports what it
 needs when it runs, so that help comes at once.
@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -282,11 +283,33 @@ def serve(
         Path | None, typer.Option(help="JSON list of API keys: name, sha256, scopes.")
     ] = None,
     shards: Annotated[int, typer.Option(min=1, max=1_024, help="Of a new data folder.")] = 1,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds of refused readiness before the end.")
+    ] = 0.0,
 ) -> None:
     """Takes events and answers requests over HTTP until it is stopped."""
     from everlong.service.run import run_service
 
-    run_service(model, data_dir, host=host, port=port, keys=keys, shards=shards, say=typer.echo)
+    run_service(
+        model, data_dir, host=host, port=port, keys=keys, shards=shards, drain=drain, say=typer.echo
+    )
+
+
+@app.command()
+def verify(
+    data_dir: Annotated[Path, typer.Argument(help="A data folder of the service, in use or not.")],
+) -> None:
+    """Reads every event that a service keeps and checks that it is what was written."""
+    from everlong.service.log import LogReader
+
+    paths = sorted(data_dir.glob("shard-*.sqlite"))
+    if not paths:
+        raise ValueError(
+            f"{data_dir}: expected shard-*.sqlite as a service writes them, found none"
+        )
+    for path in paths:
+        with closing(LogReader(path)) as log:
+            typer.echo(f"{path.name}: {log.verify():,} events as they were written")
 
 
 @app.command()

@@ -34,6 +34,8 @@ from everlong.service.messages import (
     RankIn,
     ReceiptOut,
     RecommendIn,
+    UnavailableIn,
+    UnavailableOut,
     UserOut,
 )
 
@@ -210,14 +212,18 @@ class Client:
         """The model that answers."""
         return self._call("GET", "/v1/model", ModelOut)
 
-    def switch(self, folder: str, *, timeout: float = 3_600.0) -> ModelOut:
+    def switch(
+        self, folder: str, *, since: int | None = None, timeout: float = 3_600.0
+    ) -> ModelOut:
         """Makes another model live, once its states are built.
 
         Args:
             folder: of the model, on the machine of the service.
+            since: Unix seconds; states of users without an event from then on are built when
+                somebody asks for them.
             timeout: seconds to wait; after that the service goes on alone, and ``model`` tells.
         """
-        body = _body(ModelIn(folder=folder))
+        body = _body(ModelIn(folder=folder, since=since))
         return self._call("POST", "/v1/model", ModelOut, body, once=True, timeout=timeout)
 
     def roll_back(self) -> ModelOut:
@@ -226,6 +232,15 @@ class Client:
         Done twice it undoes itself, so that it is not tried again once it may have arrived.
         """
         return self._call("POST", "/v1/model/rollback", ModelOut, once=True)
+
+    def hide(self, item_ids: Sequence[Id]) -> list[Id]:
+        """Keeps items out of every list from now on, instead of those before; returns them."""
+        body = _body(UnavailableIn(item_ids=list(item_ids)))
+        return self._call("PUT", "/v1/unavailable", UnavailableOut, body).item_ids
+
+    def hidden(self) -> list[Id]:
+        """Items that are kept out of every list."""
+        return self._call("GET", "/v1/unavailable", UnavailableOut).item_ids
 
     def ready(self) -> bool:
         """Whether requests may come; asked once."""

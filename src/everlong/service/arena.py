@@ -291,7 +291,7 @@ class Arena:
         for value in self._initial:
             kind = value.numpy().dtype
             width = value[0].numel() * kind.itemsize
-            part = np.ascontiguousarray(table[:, start : start + width]).view(kind)
+            part = table[:, start : start + width].copy().view(kind)
             fields.append(torch.from_numpy(part.reshape(len(ids), *value.shape[1:])))
             start += width
         with self._lock:

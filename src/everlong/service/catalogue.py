@@ -311,8 +311,8 @@ class _Error(NamedTuple):
 
     def highest(self, coarse: Tensor, user: Tensor) -> Tensor:
         """Above the scores of items with coarse scores ``[B]``, or ``[n]`` of one user."""
-        far = user.norm(dim=1) * (1.001 * self.by_length) + self.fixed
-        return coarse + coarse.abs() * self.by_score + far
+        far: Tensor = user.norm(dim=1) * (1.001 * self.by_length) + self.fixed
+        return far + coarse.abs() * self.by_score + coarse
 
 
 class Index:

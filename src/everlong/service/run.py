@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import ipaddress
 import logging
+import os
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,7 @@ def run_service(
         bound = listener.getsockname()
         say(f"serving {service.live.recommender.origin.model} on http://{bound[0]}:{bound[1]}")
         say(f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}")
+        threading.Thread(target=_verify, args=[service], name="verify", daemon=True).start()
         sys.setswitchinterval(TURN_S)
         # what is there now stays: the collector need not look at it again and again
         gc.collect()
@@ -106,6 +110,21 @@ def _server(kind: Any, config: Any, service: Service, drain: float) -> Any:
                 super().handle_exit(sig, frame)
 
     return Server(config)
+
+
+def _verify(service: Service) -> None:
+    """Has another process read the whole log; the service is not ready if it is damaged."""
+    command = [sys.executable, "-m", "everlong", "verify", str(service.folder)]
+    process = subprocess.Popen(  # noqa: S603 - this program, and a folder that it has open
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    # it takes what time the service leaves
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, 15)
+    told = process.communicate()[1].decode(errors="replace").strip()
+    if process.returncode > 0 and not service.draining:
+        log.error("the log is damaged: %s", told)
+        service.damage = "the log is damaged: see what `everlong verify` says"
 
 
 def is_loopback(host: str) -> bool:

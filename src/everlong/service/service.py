@@ -90,6 +90,7 @@ class Service:
                 self.shards.append(Shard(path, capacity=capacity))
             self._asked, self.hidden = deployment.name, list[Id](about.get("hidden", ()))
             self.draining = False
+            self.damage: str | None = None
             self._start(deployment, about)
             self.reader = Reader(self._live_states, lambda user: self._shard(user).log.path)
         except BaseException:
@@ -115,6 +116,8 @@ class Service:
         """Why requests should not come; None while they may."""
         if self.draining:
             return "the service is ending"
+        if self.damage is not None:
+            return self.damage
         if not all(shard.writable for shard in self.shards):
             return "events cannot be written"
         if not (self.reader.alive and all(shard.alive for shard in self.shards)):

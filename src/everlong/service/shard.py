@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -29,10 +30,10 @@ log = logging.getLogger(__name__)
 GROUP = 1_024
 """Most events that are written together."""
 
-LINGER_S = 0.002
-"""How long a group waits for company."""
+LINGER_S = 0.0025
+"""Time from the end of one writing to the begin of the next: a lone event does not wait at all."""
 
-CHECKPOINT_S = 5.0
+CHECKPOINT_S = 10.0
 SLICE = 64
 """States that are written between two groups of events: few, so that events wait for a moment."""
 
@@ -93,6 +94,8 @@ class Shard:
         self._queue: queue.Queue[Work | None] = queue.Queue()
         self._waiting, self._count = 0, threading.Lock()
         self._last_checkpoint = time.monotonic()
+        self._written_at = 0.0
+        self._flush: threading.Thread | None = None
         self._pending: list[Unwritten] = []
         self._written: dict[str, int] = {}
         # users who were erased while an arena, by its name, was being filled
@@ -193,11 +196,16 @@ class Shard:
             return
         arena.offset, spoiled = int(stored), list[Id]()
         arena.complete = self.log.fact(_INCOMPLETE + arena.name) is None
-        rows = self.log.connection.execute(
-            "SELECT user_id, record FROM states WHERE model=?", (arena.name,)
-        )
-        while some := rows.fetchmany(RECORDS):
-            spoiled += arena.load(some)
+        try:
+            rows = self.log.connection.execute(
+                "SELECT user_id, record FROM states WHERE model=?", (arena.name,)
+            )
+            while some := rows.fetchmany(RECORDS):
+                spoiled += arena.load(some)
+        except sqlite3.DatabaseError as error:
+            log.warning("states cannot be read, they are built from the log: %s", error)
+            arena.clear()
+            return
         if spoiled:
             log.warning("%d state records were damaged: their users are read anew", len(spoiled))
             rebuild(self.log, arena, spoiled)
@@ -248,8 +256,19 @@ class Shard:
         while not stopping:
             group, stopping = self._next_group()
             self._serve(group)
+            if not group and not self.writable:
+                self._try_to_write()
             self._checkpoint_some()
         self._finish()
+
+    def _try_to_write(self) -> None:
+        """Finds out whether the disk takes something again: nobody sends to who is not ready."""
+        try:
+            with self.log.transaction():
+                self.log.put_fact("tried", b"")
+        except OSError:
+            return
+        self.writable = True
 
     def _next_group(self) -> tuple[list[Work], bool]:
         """What there is to do, gathered for a moment, and whether that is all for ever."""
@@ -258,7 +277,7 @@ class Shard:
             work = self._queue.get(timeout=0 if self._pending else CHECKPOINT_S / 10)
         except queue.Empty:
             return [], False
-        group, size, until = list[Work](), 0, time.monotonic() + LINGER_S
+        group, size, until = list[Work](), 0, self._written_at + LINGER_S
         while work is not None:
             group.append(work)
             size += len(work.events)
@@ -300,6 +319,7 @@ class Shard:
         if not events:
             return []
         receipts = self.log.append(events)
+        self._written_at = time.monotonic()
         try:
             for arena in self.arenas.values():
                 # from where it stands: a group that could not be applied is not passed over
@@ -317,6 +337,9 @@ class Shard:
         return receipts
 
     def _erase(self, user_id: Id) -> int:
+        if self._flush is not None:
+            # nothing of the user stays in the write-ahead log
+            self._flush.join()
         count = self.log.erase(user_id)
         for arena in self.arenas.values():
             arena.forget(user_id)
@@ -350,14 +373,35 @@ class Shard:
         if not self._pending:
             return
         (arena, offset, rows), others = self._pending[0], self._pending[1:]
-        now, left = rows[:SLICE], rows[SLICE:]
+        size = SLICE if self._waiting else 16 * SLICE
+        now, left = rows[:size], rows[size:]
         self._write_states(arena, now, offset if left.size == 0 else None)
         self._pending = [Unwritten(arena, offset, left), *others] if left.size else others
         if not self._pending:
-            self.log.checkpoint()
+            self._flush_beside()
+
+    def _flush_beside(self) -> None:
+        """Empties the write-ahead log: most of it beside the writer, which does only the rest."""
+        if self._flush is not None and self._flush.is_alive():
+            return
+
+        def flush() -> None:
+            try:
+                with closing(sqlite3.connect(self.log.path)) as beside:
+                    # the second time there is only what has come during the first
+                    for _ in range(2):
+                        beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            except sqlite3.Error as error:
+                log.warning("the write-ahead log cannot be emptied: %s", error)
+            self._do(self.log.checkpoint)
+
+        self._flush = threading.Thread(target=flush, name=f"flush {self.log.path.name}")
+        self._flush.start()
 
     def _write_states(self, arena: Arena, rows: np.ndarray, watermark: int | None) -> None:
-        records = arena.records(rows)
+        records, run = arena.records(rows), self.log.connection.execute
+        # a cache need not wait for the disk: it gets there with the events that follow, in order
+        run("PRAGMA synchronous=NORMAL")
         try:
             with self.log.transaction():
                 self.log.connection.executemany(
@@ -371,6 +415,8 @@ class Shard:
         except BaseException:
             arena.not_written(user_id for user_id, _ in records)
             raise
+        finally:
+            run("PRAGMA synchronous=FULL")
         if watermark is not None:
             self._written[arena.name] = watermark
 
@@ -383,6 +429,8 @@ class Shard:
                 self._begin_checkpoint()
             while self._pending:
                 self._checkpoint_slice()
+            if self._flush is not None:
+                self._flush.join()
             self.log.checkpoint()
         except Exception as error:
             log.warning("states cannot be written: %s; they follow from the log", error)

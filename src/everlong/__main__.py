@@ -1,0 +1,5 @@
+"""``python -m everlong``: the command line."""
+
+from everlong.cli import app
+
+app()
