@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from everlong.items import ItemTable
     from everlong.recommender import Recommender
 
-MISTAKE, INTERRUPTED, FAULT = 2, 130, 1
-"""Exit codes: a mistake of the user, Ctrl-C, and a fault of the program."""
+MISTAKE, INTERRUPTED, FAULT, DAMAGED = 2, 130, 1, 3
+"""Exit codes: a mistake of the user, Ctrl-C, a fault of the program, and a log that is damaged."""
 
 
 class Ties(StrEnum):
@@ -300,7 +300,7 @@ def verify(
     data_dir: Annotated[Path, typer.Argument(help="A data folder of the service, in use or not.")],
 ) -> None:
     """Reads every event that a service keeps and checks that it is what was written."""
-    from everlong.service.log import LogReader
+    from everlong.service.log import DamagedError, LogReader
 
     paths = sorted(data_dir.glob("shard-*.sqlite"))
     if not paths:
@@ -308,8 +308,12 @@ def verify(
             f"{data_dir}: expected shard-*.sqlite as a service writes them, found none"
         )
     for path in paths:
-        with closing(LogReader(path)) as log:
-            typer.echo(f"{path.name}: {log.verify():,} events as they were written")
+        try:
+            with closing(LogReader(path)) as log:
+                typer.echo(f"{path.name}: {log.verify():,} events as they were written")
+        except DamagedError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(DAMAGED) from error
 
 
 @app.command()

@@ -22,7 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from everlong import __version__
 from everlong.service.console import add_console
 from everlong.service.deployment import Deployment, Listed, Wanted
-from everlong.service.gate import Counted, refuse_in_one_form
+from everlong.service.gate import Bounded, Counted, refuse_in_one_form
 from everlong.service.keys import Keys, Scope
 from everlong.service.log import DamagedError, Event, Id
 from everlong.service.messages import (
@@ -89,8 +89,8 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         responses=WRONG,
-        max_body_size=MAX_BODY,
     )
+    app.add_middleware(Bounded, most=MAX_BODY)
     app.add_middleware(Counted, metrics=state.metrics)
     if not len(state.keys):
         # without keys a page from elsewhere must not reach the service under a name of its own
@@ -264,6 +264,9 @@ def _add_events(app: FastAPI, state: _State) -> None:
 
 async def _placed(service: Service, events: list[Event]) -> list[Placed]:
     """Receipts in the order of the events."""
+    if len(service.shards) == 1:
+        (future,) = service.ingest(events)
+        return [Placed(0, receipt) for receipt in await asyncio.wrap_future(future)]
     order = service.by_shard(events)
     futures = [asyncio.wrap_future(future) for future in service.ingest(events)]
     found = dict(zip(order, await asyncio.gather(*futures), strict=True))

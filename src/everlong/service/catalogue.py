@@ -1,9 +1,10 @@
-"""The best items of a catalogue: found by a coarse look, decided by the scores themselves.
+"""The best items of a catalogue.
 
-The score of an item is its product with the user vector plus its bias, summed in float64 and then
-rounded to float32: it does not depend on who else is asked about in the same call. The coarse look
-is a product in bfloat16, of which it is known how far it can be from the score; items that could
-be among the best by that are scored, the others cannot be. So the list is always exact.
+A small catalogue is scored as it is. In a large one the best are found by a coarse look and decided
+by the scores themselves: the look is a product in bfloat16, of which it is known how far it can be
+from the score; items that could be among the best by that are scored, the others cannot be. So the
+list is exact. Scores are then summed in float64 and rounded to float32: they do not depend on who
+else is asked about in the same call.
 
 Where there is an index, it names the items to be scored instead, and the list is nearly exact.
 """
@@ -20,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from everlong.model import ItemHead
-from everlong.topk import NONE, top_k
+from everlong.topk import NONE, top_k, top_k_items
 
 log = logging.getLogger(__name__)
 
-HALF_FROM = 8_192
-"""Items from which on the coarse look is in bfloat16, where the processor multiplies in it."""
+HALF_FROM = 50_000
+"""Items from which on there is a coarse look, where the processor multiplies in bfloat16."""
 
 STRIDE = 64
 """Items of which the highest stands for all in the search for the highest scores."""
@@ -71,7 +72,7 @@ class Catalogue:
 
     Args:
         head: item vectors ``[I, D]`` and biases ``[I]``.
-        half: whether the coarse look is in bfloat16; None for whichever is quicker here.
+        half: whether there is a coarse look; None for whichever is quicker here.
 
     Raises:
         ValueError: if a vector or a bias is not finite.
@@ -88,9 +89,9 @@ class Catalogue:
         if half is None:
             half = len(weight) >= HALF_FROM and torch.cpu._is_avx512_bf16_supported()
         # rows of zeros up to a whole number of strides; their bias of -inf keeps them out
-        size = -(-len(weight) // STRIDE) * STRIDE
-        padded = functional.pad(weight, (0, 0, 0, size - len(weight)))
-        self._table = padded.bfloat16() if half else padded
+        size = -(-len(weight) // STRIDE) * STRIDE if half else 0
+        padded = functional.pad(weight[:size], (0, 0, 0, max(0, size - len(weight))))
+        self.half, self._table = half, padded.bfloat16()
         self._norms = weight.norm(dim=1)
         self._error = _Error.of(padded, self._table, bias)
         self.index: Index | None = None
@@ -105,7 +106,7 @@ class Catalogue:
         bias = self._own_bias.index_fill(0, items, -torch.inf)
         if self.index is not None:
             self.index.hide(items)
-        short = len(self._table) - len(bias)
+        short = max(0, len(self._table) - len(bias))
         self._coarse_bias = functional.pad(bias, (0, short), value=-torch.inf)
         self.bias = bias
 
@@ -159,8 +160,8 @@ class Catalogue:
 
     def _best(self, user: Tensor, k: int, rows: Tensor, items: Tensor) -> Best:
         k = min(k, len(self))
-        if len(user) == 0:
-            return Best(user.new_empty(0, k), torch.empty(0, k, dtype=torch.int64))
+        if len(user) == 0 or not self.half:
+            return Best(*top_k_items(user, self.weight, self.bias, k, exclude=(rows, items)))
         if len(user) <= TOGETHER:
             return self._best_together(user, k, (rows, items))
         found = []
@@ -297,13 +298,13 @@ class _Error(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, table: Tensor, bias: Tensor) -> _Error:
+        if not len(table):
+            return cls(0.0, 0.0, 0.0)
         coarse, largest = table.float(), float(bias.abs().max())
         # norms in float32 are a little off themselves
         longest = 1.001 * float(coarse.norm(dim=1).max())
         lost = 1.001 * float((weight - coarse).norm(dim=1).max())
         sums = (weight.shape[1] + 8) * 2.0**-23
-        if table.dtype == torch.float32:
-            return cls(sums * longest, 2.0**-21, sums * largest + 1e-30)
         # user vectors are rounded to 8 bits, as the item vectors were; then every one of the sums;
         # then the product to 8 bits, before the bias is added
         by_length = lost + (2.0**-9 + sums) * longest

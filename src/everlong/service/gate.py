@@ -49,6 +49,26 @@ class Counted:
             self.metrics.observe(name, status, time.perf_counter() - began)
 
 
+class Bounded:
+    """Refuses bodies that are too long, also those that do not say how long they are."""
+
+    def __init__(self, app: Asgi, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        size = 0
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.most:
+                raise HTTPException(413, f"a body has at most {self.most} bytes; send less at once")
+            return message
+
+        await self.app(scope, counted, send)
+
+
 def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """An answer that says what was wrong."""
     # ASCII, because texts that came in may hold what UTF-8 cannot

@@ -57,7 +57,7 @@ CREATE TABLE states (
     user_id NOT NULL,
     record BLOB NOT NULL,
     PRIMARY KEY (model, user_id)
-) WITHOUT ROWID;
+);
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
 STATEMENTS = [statement.strip() for statement in SCHEMA.split(";") if statement.strip()]
@@ -324,6 +324,8 @@ class EventLog(LogReader):
             run(f"PRAGMA {pragma}")
         # moved by ``checkpoint``, between groups of events
         run("PRAGMA wal_autocheckpoint=0")
+        # 64 MiB: the indexes of ids are written all over
+        run("PRAGMA cache_size=-65536")
         run(f"PRAGMA busy_timeout={BUSY_MS}")
         if not run("SELECT 1 FROM sqlite_master").fetchone():
             with self.transaction():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt, StrictStr
 
 MAX_EVENTS, MAX_K, MAX_CANDIDATES, MAX_ID = 1_000, 1_000, 5_000, 128
 MAX_INT = 1 << 62
@@ -77,7 +77,7 @@ class RecommendIn(Message):
     user_id: Id
     k: Places = 10
     at: Annotated[Time | None, Field(description="time of the request, Unix seconds")] = None
-    filter_seen: bool = True
+    filter_seen: StrictBool = True
     leave_out: Ids = []
     among: Annotated[Ids | None, Field(description="the only items that may come")] = None
     min_offset: Annotated[

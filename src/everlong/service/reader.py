@@ -86,6 +86,8 @@ class Reader:
         stopping = False
         while not stopping:
             group, stopping = self._next_group()
+            # those that nobody waits for any more are left out
+            group = [asked for asked in group if asked.done.set_running_or_notify_cancel()]
             if group:
                 self._serve(group)
         for connection in self._logs.values():
@@ -105,10 +107,6 @@ class Reader:
         return group, True
 
     def _serve(self, group: Sequence[Asked]) -> None:
-        # those that nobody waits for any more are left out
-        group = [asked for asked in group if asked.done.set_running_or_notify_cancel()]
-        if not group:
-            return
         try:
             deployment, state = self._live([asked.user_id for asked in group])
             wanted = [
@@ -117,8 +115,11 @@ class Reader:
             ]
             lists = deployment.recommend(state, wanted)
         except Exception as error:
-            for asked in group:
-                asked.done.set_exception(error)
+            if len(group) == 1:
+                group[0].done.set_exception(error)
+            # what is wrong with one is not the fault of the others
+            for asked in group if len(group) > 1 else ():
+                self._serve([asked])
             return
         for asked, found in zip(group, lists, strict=True):
             asked.done.set_result(found)

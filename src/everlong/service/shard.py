@@ -373,7 +373,7 @@ class Shard:
         if not self._pending:
             return
         (arena, offset, rows), others = self._pending[0], self._pending[1:]
-        size = SLICE if self._waiting else 16 * SLICE
+        size = SLICE if self._waiting else 64 * SLICE
         now, left = rows[:size], rows[size:]
         self._write_states(arena, now, offset if left.size == 0 else None)
         self._pending = [Unwritten(arena, offset, left), *others] if left.size else others

@@ -1,0 +1,94 @@
+"""The cost of the best items of a catalogue: exact, by a coarse look first, and by an index.
+
+    python benchmarks/service_topk.py
+
+One core. Vectors of 64 numbers in clusters with biases, users between a few items each. The limit
+of one search is the memory: 4 bytes a number for the plain product, 2 for the coarse look.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import typer
+
+from everlong.model import ItemHead
+from everlong.service.catalogue import Catalogue, made_up
+from everlong.topk import top_k_items
+from record import write_result
+
+DIM, K, SEEN = 64, 10, 50
+BATCHES = (1, 8, 64)
+
+
+def main(items: list[int] = [10_000, 100_000, 1_000_000], index_from: int = 1_000_000) -> None:  # noqa: B006
+    """Measures catalogues of some sizes; those from ``index_from`` items on with an index too."""
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {"threads": 1, "dim": DIM, "k": K, "seen_a_user": SEEN}
+    for size in items:
+        figures[f"{size}_items"] = measured(size, with_index=size >= index_from)
+        print(json.dumps(figures[f"{size}_items"], indent=2), flush=True)
+    print("written to", write_result("service_topk", figures))
+
+
+def measured(size: int, *, with_index: bool) -> dict[str, Any]:
+    """Milliseconds of one call by batch, and of an index its build, recall and cost."""
+    head = clustered(size)
+    plain, half = Catalogue(head, half=False), Catalogue(head, half=True)
+    found: dict[str, Any] = {"milliseconds_by_batch": {}}
+    users = made_up(head.weight, 8.0, 512)
+    for batch in BATCHES:
+        some = users[:batch]
+        exclude = torch.arange(batch).repeat_interleave(SEEN), torch.randint(size, (batch * SEEN,))
+        ways: dict[str, Callable[[], object]] = {
+            "top_k_items": lambda: top_k_items(some, *head, K, exclude=exclude),  # noqa: B023
+            "coarse look in float32": lambda: plain.best(some, K, exclude),  # noqa: B023
+            "coarse look in bfloat16": lambda: half.best(some, K, exclude),  # noqa: B023
+        }
+        # in turn, so that other work on the machine falls on all of them
+        found["milliseconds_by_batch"][batch] = in_turn(ways, 15 if size * batch > 1e7 else 60)
+    if with_index:
+        began = time.perf_counter()
+        built = half.build_index(users[:256])
+        about = {"seconds_to_build": time.perf_counter() - began, "built": built}
+        found["index"] = {**about, "recall_at_100": half.recall}
+        if half.index is not None:
+            found["index"]["lists_looked_into"] = half.index.probes
+            found["index"]["milliseconds_by_batch"] = {
+                batch: in_turn({"index": lambda: half.best(users[:batch], K)}, 60)  # noqa: B023
+                for batch in BATCHES
+            }
+    return found
+
+
+def clustered(size: int) -> ItemHead:
+    """Item vectors around ``size / 250`` middles, and small biases."""
+    seeded = torch.Generator().manual_seed(0)
+    middles = torch.randn(size // 250, DIM, generator=seeded)
+    own = torch.randint(len(middles), (size,), generator=seeded)
+    weight = middles[own] + 0.5 * torch.randn(size, DIM, generator=seeded)
+    return ItemHead(weight, 0.1 * torch.randn(size, generator=seeded))
+
+
+def in_turn(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each: the least, and the median."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 2):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    return {
+        name: {"least": 1e3 * min(some), "median": 1e3 * median(some)}
+        for name, some in seconds.items()
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
