@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import logging
 import random
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -102,29 +103,51 @@ def write_until_killed(folder: Path, models: Sequence[Path], seed: int, tell: Co
     """Serves a folder, telling what was acknowledged, while models change places.
 
     What it tells: ``("live", name)`` once it is up, ``("acknowledged", {event id: offset})``,
-    ``("switching", name)`` before a model is made live and ``("live", name)`` after.
+    ``("switching", name)`` before a model is made live and ``("live", name)`` after, and
+    ``("warned", text)`` if something had to be repaired or failed.
     """
     torch.set_num_threads(1)
     # states are written again and again, so that kills fall into that
     module.CHECKPOINT_S = 0.02
+    telling = threading.Lock()
+
+    class Tell(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            _tell(tell, telling, "warned", record.getMessage())
+
+    complaints = logging.getLogger("everlong.service")
+    complaints.addHandler(Tell(logging.WARNING))
+    # errors that the kill would hide
+    threading.excepthook = lambda error: complaints.error("%r", error.exc_value)
+    try:
+        _write(folder, models, seed, lambda what, told: _tell(tell, telling, what, told))
+    except Exception as error:
+        complaints.error("%r", error)
+
+
+def _tell(tell: Connection, telling: threading.Lock, what: str, told: object) -> None:
+    with telling:
+        tell.send((what, told))
+
+
+def _write(
+    folder: Path, models: Sequence[Path], seed: int, tell: Callable[[str, object], None]
+) -> None:
     draw, known = random.Random(seed), [Deployment.read(path) for path in models]
     service = Service(folder, known[0], shards=2)
-    tell.send(("live", service.live.name))
-    telling = threading.Lock()
+    tell("live", service.live.name)
 
     def switch() -> None:
         turns = random.Random(-seed)
         while True:
             time.sleep(turns.uniform(0.0, 0.1))
             (other,) = [model for model in known if model.name != service.live.name]
-            with telling:
-                tell.send(("switching", other.name))
+            tell("switching", other.name)
             if service.previous is not None and turns.random() < 0.5:
                 service.roll_back()
             else:
                 service.switch(other)
-            with telling:
-                tell.send(("live", service.live.name))
+            tell("live", service.live.name)
 
     threading.Thread(target=switch, daemon=True).start()
     sent: list[Event] = []
@@ -146,5 +169,4 @@ def write_until_killed(folder: Path, models: Sequence[Path], seed: int, tell: Co
             for events, future in zip(parts.values(), futures, strict=True)
             for event, receipt in zip(events, future.result(), strict=True)
         }
-        with telling:
-            tell.send(("acknowledged", told))
+        tell("acknowledged", told)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -79,6 +80,18 @@ def url(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def client(url: str) -> Iterator[Client]:
     with Client(url, key=SECRET) as found:
         yield found
+
+
+def test_the_document_runs(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(KEY, SECRET)
+    text = (Path(__file__).parents[1] / "docs" / "client.md").read_text()
+    codes = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert codes
+    for code in codes:
+        exec(compile(code.replace("http://127.0.0.1:8000", url), "client.md", "exec"), {})
+    assert "i0" in capsys.readouterr().out
 
 
 class Between(ThreadingHTTPServer):

@@ -43,7 +43,9 @@ def test_python_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    for place, code in enumerate(blocks(path, "python")):
+    # those of the client need a service: test_client.py has one
+    found = [] if path.name == "client.md" else blocks(path, "python")
+    for place, code in enumerate(found):
         exec(compile(code, f"{path.name}:{place}", "exec"), names)
     if path.name == "README.md":
         printed = capsys.readouterr().out
