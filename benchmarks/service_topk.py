@@ -39,7 +39,7 @@ def main(items: list[int] = [10_000, 100_000, 1_000_000], index_from: int = 1_00
 def measured(size: int, *, with_index: bool) -> dict[str, Any]:
     """Milliseconds of one call by batch, and of an index its build, recall and cost."""
     head = clustered(size)
-    plain, half = Catalogue(head, half=False), Catalogue(head, half=True)
+    plain, coarse = Catalogue(head, coarse=False), Catalogue(head, coarse=True)
     found: dict[str, Any] = {"milliseconds_by_batch": {}}
     users = made_up(head.weight, 8.0, 512)
     for batch in BATCHES:
@@ -48,19 +48,19 @@ def measured(size: int, *, with_index: bool) -> dict[str, Any]:
         ways: dict[str, Callable[[], object]] = {
             "top_k_items": lambda: top_k_items(some, *head, K, exclude=exclude),  # noqa: B023
             "coarse look in float32": lambda: plain.best(some, K, exclude),  # noqa: B023
-            "coarse look in bfloat16": lambda: half.best(some, K, exclude),  # noqa: B023
+            "coarse look in 8 bits": lambda: coarse.best(some, K, exclude),  # noqa: B023
         }
         # in turn, so that other work on the machine falls on all of them
         found["milliseconds_by_batch"][batch] = in_turn(ways, 15 if size * batch > 1e7 else 60)
     if with_index:
         began = time.perf_counter()
-        built = half.build_index(users[:256])
+        built = coarse.build_index(users[:256])
         about = {"seconds_to_build": time.perf_counter() - began, "built": built}
-        found["index"] = {**about, "recall_at_100": half.recall}
-        if half.index is not None:
-            found["index"]["lists_looked_into"] = half.index.probes
+        found["index"] = {**about, "recall_at_100": coarse.recall}
+        if coarse.index is not None:
+            found["index"]["lists_looked_into"] = coarse.index.probes
             found["index"]["milliseconds_by_batch"] = {
-                batch: in_turn({"index": lambda: half.best(users[:batch], K)}, 60)  # noqa: B023
+                batch: in_turn({"index": lambda: coarse.best(users[:batch], K)}, 60)  # noqa: B023
                 for batch in BATCHES
             }
     return found

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from everlong.batch import Batch
 from everlong.losses import full_softmax
-from everlong.models.lru import LRU, LRUConfig
+from everlong.models import lru as module
+from everlong.models.lru import LRU, LRUConfig, LRUState
 from everlong.state import bytes_per_user
 from everlong.testing import check_model
 
@@ -307,3 +308,37 @@ def test_no_user_and_no_event() -> None:
     assert torch.equal(state.user, model.initial_state(2).user)
     for training in (True, False):
         assert model.train(training).initial_state(0).user.shape == (0, 6)
+
+
+@pytest.mark.parametrize(("dim", "channels", "layers"), [(64, 64, 2), (6, 5, 1), (7, 9, 3)])
+def test_the_compiled_step_is_the_readable_one(
+    dim: int, channels: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = LRU(LRUConfig(num_items=50, dim=dim, channels=channels, layers=layers)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    state = LRUState(torch.randn(9, layers, 2 * channels), torch.randn(9, dim))
+    events = Batch.one_event_each(torch.randint(0, 50, (9,)), torch.zeros(9, dtype=torch.int64))
+    before = LRUState(*(value.clone() for value in state))
+
+    def agree() -> LRUState:
+        with torch.no_grad():
+            found = model.step(events, state)
+            monkeypatch.setattr(module, "COMPILED_USERS", 0)
+            expected = model.step(events, state)
+            monkeypatch.undo()
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        return found
+
+    first = agree()
+    assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
+    # a parameter that is written to is seen, and other weights are
+    with torch.no_grad():
+        model.blocks[0].narrow.bias.add_(torch.randn(dim))
+    assert not torch.allclose(agree().user, first.user)
+    other = LRU(model.config).eval()
+    model.load_state_dict(other.state_dict())
+    agree()

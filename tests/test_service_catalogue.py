@@ -48,12 +48,12 @@ def agrees(
     user: Tensor,
     k: int,
     *,
-    half: bool,
+    coarse: bool,
     exclude: Pairs | None = None,
     hidden: Tensor | None = None,
 ) -> None:
     hidden = torch.zeros(0, dtype=torch.int64) if hidden is None else hidden
-    catalogue = Catalogue(head, half=half)
+    catalogue = Catalogue(head, coarse=coarse)
     catalogue.hide(hidden)
     scores, items = catalogue.best(user, k, exclude)
     assert (scores.tolist(), items.tolist()) == sure(head, user, k, exclude, hidden)
@@ -78,7 +78,7 @@ def clustered(items: int) -> ItemHead:
 def searches(draw: st.DrawFn) -> tuple[ItemHead, Tensor, int, Pairs, Tensor]:
     """Few distinct numbers, so that ties are everywhere; sums of them are exact."""
     users, items, width = draw(st.integers(1, 7)), draw(st.integers(1, 90)), draw(st.integers(1, 3))
-    # 1.0078125 has one bit more than bfloat16 keeps
+    # differences that 8 bits do not keep
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     some = np.array([-1.0, -0.5, 0.0, 0.5, 1.0, 1.00390625, 1.001953125], dtype="f4")
     weight, user = random.choice(some, (items, width)), random.choice(some, (users, width))
@@ -94,7 +94,7 @@ def searches(draw: st.DrawFn) -> tuple[ItemHead, Tensor, int, Pairs, Tensor]:
 
 @settings(deadline=None, max_examples=300)
 @given(searches(), st.booleans(), st.booleans())
-def test_lists_are_those_of_the_definition(search: Any, half: bool, cut: bool) -> None:
+def test_lists_are_those_of_the_definition(search: Any, coarse: bool, cut: bool) -> None:
     head, user, k, exclude, hidden = search
     with pytest.MonkeyPatch.context() as patch:
         if cut:
@@ -105,7 +105,7 @@ def test_lists_are_those_of_the_definition(search: Any, half: bool, cut: bool) -
             patch.setattr(module, "TOGETHER", 3)
             patch.setattr(module, "SPARE", 1)
             patch.setattr(module, "PRODUCTS", 8)
-        agrees(head, user, k, half=half, exclude=exclude, hidden=hidden)
+        agrees(head, user, k, coarse=coarse, exclude=exclude, hidden=hidden)
 
 
 @pytest.mark.parametrize("users", [1, 3, 70])
@@ -120,13 +120,13 @@ def test_large_catalogues(users: int, items: int) -> None:
     best = (user @ head.weight.T + head.bias).topk(30)[1]
     exclude = torch.arange(users).repeat_interleave(30), best.flatten()
     for k in (1, 9, 300):
-        agrees(head, user, k, half=True, exclude=exclude, hidden=torch.arange(0, items, 7))
+        agrees(head, user, k, coarse=True, exclude=exclude, hidden=torch.arange(0, items, 7))
 
 
 def near_ties(kind: str, items: int = 9_000) -> ItemHead:
     seeded = torch.Generator().manual_seed(3)
     noise = torch.randn(items, DIM, generator=seeded)
-    if kind == "all the same but for what bfloat16 drops":
+    if kind == "all the same but for what 8 bits drop":
         return ItemHead(1.0 + 1e-4 * noise, torch.zeros(items))
     if kind == "large biases over small products":
         return ItemHead(1e-3 * noise, 100.0 + 1e-3 * noise[:, 0])
@@ -140,7 +140,7 @@ def near_ties(kind: str, items: int = 9_000) -> ItemHead:
 @pytest.mark.parametrize(
     "kind",
     [
-        "all the same but for what bfloat16 drops",
+        "all the same but for what 8 bits drop",
         "large biases over small products",
         "one vector dwarfs the others",
         "all the same",
@@ -150,7 +150,7 @@ def near_ties(kind: str, items: int = 9_000) -> ItemHead:
 def test_near_ties_that_the_coarse_look_cannot_tell_apart(kind: str, scale: float) -> None:
     head = near_ties(kind)
     user = scale * torch.randn(3, DIM, generator=torch.Generator().manual_seed(4))
-    agrees(head, user, 20, half=True)
+    agrees(head, user, 20, coarse=True)
     if kind.startswith("all the same but"):
         coarse = user.bfloat16() @ head.weight.bfloat16().T
         exact = torch.tensor(sure(head, user, 20, None, torch.zeros(0, dtype=torch.int64))[1])
@@ -162,7 +162,7 @@ def test_near_ties_that_the_coarse_look_cannot_tell_apart(kind: str, scale: floa
 def test_coarse_scores_are_as_near_as_is_said(scale: float, users: int) -> None:
     head = random_head(10_000, seed=5, scale=scale)
     user = torch.randn(users, DIM, generator=torch.Generator().manual_seed(6))
-    catalogue = Catalogue(head, half=True)
+    catalogue = Catalogue(head, coarse=True)
     none = torch.zeros(0, dtype=torch.int64)
     (_, coarse), *others = catalogue._look(user, (none, none))
     assert not others
@@ -176,7 +176,7 @@ def test_coarse_scores_are_as_near_as_is_said(scale: float, users: int) -> None:
 
 
 def test_a_list_does_not_depend_on_who_else_asks() -> None:
-    catalogue = Catalogue(random_head(20_000), half=True)
+    catalogue = Catalogue(random_head(20_000), coarse=True)
     user = torch.randn(9, DIM, generator=torch.Generator().manual_seed(7))
     together = catalogue.best(user, 12)
     for row in range(9):
@@ -285,7 +285,7 @@ def test_a_bad_index_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("faiss")
     # nothing is near anything, and one list of many is looked into
     head = random_head(20_000)
-    catalogue = Catalogue(head, half=True)
+    catalogue = Catalogue(head, coarse=True)
     with caplog.at_level(logging.WARNING):
         assert not catalogue.build_index(made_up(head.weight, 8.0, 50), probes=(1,))
     assert "index refused" in caplog.text

@@ -286,17 +286,28 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds of refused readiness before the end.")
     ] = 0.0,
+    verify: Annotated[
+        bool, typer.Option(help="Whether another process reads the whole log after the start.")
+    ] = True,
 ) -> None:
     """Takes events and answers requests over HTTP until it is stopped."""
     from everlong.service.run import run_service
 
     run_service(
-        model, data_dir, host=host, port=port, keys=keys, shards=shards, drain=drain, say=typer.echo
+        model,
+        data_dir,
+        host=host,
+        port=port,
+        keys=keys,
+        shards=shards,
+        drain=drain,
+        verify=verify,
+        say=typer.echo,
     )
 
 
-@app.command()
-def verify(
+@app.command("verify")
+def verify_log(
     data_dir: Annotated[Path, typer.Argument(help="A data folder of the service, in use or not.")],
 ) -> None:
     """Reads every event that a service keeps and checks that it is what was written."""

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -23,6 +24,7 @@ from everlong.model import ItemHead, UserModel
 from everlong.models.item_vectors import ItemConfig, ItemVectors
 from everlong.ops.dropout import Dropout
 from everlong.ops.linear_scan import linear_scan
+from everlong.ops.lru_step import StepParameters, lru_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class LRUConfig(ItemConfig):
             )
 
 
+COMPILED_USERS = 32
+"""Users up to which a step is one compiled loop; products of matrices are quicker for more."""
+
+
 class LRUState(NamedTuple):
     """What LRURec remembers of a user."""
 
@@ -81,6 +87,7 @@ class LRU(UserModel):
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self._kept: tuple[object, StepParameters] | None = None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -134,10 +141,36 @@ class LRU(UserModel):
     def step(self, events: Batch, state: LRUState) -> LRUState:  # type: ignore[override]
         """Reads one event of each user: ``2 L (4 D H + 4 D^2)`` multiply-adds, no scan."""
         values, finals = self._enter(self.items(events.items)), []
+        if self._is_small(values, state):
+            return self._compiled_step(values, state)
         for layer, block in enumerate(self.blocks):
             values, final = block.step(values, state.hidden[:, layer])  # type: ignore[operator]
             finals.append(final)
         return LRUState(torch.stack(finals, dim=1), values)
+
+    def _is_small(self, values: Tensor, state: LRUState) -> bool:
+        return (
+            len(values) <= COMPILED_USERS
+            and not (self.training or torch.is_grad_enabled())
+            and values.is_cpu
+            and values.dtype == state.hidden.dtype == torch.float32
+        )
+
+    def _compiled_step(self, values: Tensor, state: LRUState) -> LRUState:
+        outputs = values.clone(memory_format=torch.contiguous_format)
+        hidden = state.hidden.clone(memory_format=torch.contiguous_format)
+        epsilon = np.float32(self.norm.eps)
+        lru_step(outputs.numpy(), hidden.numpy(), self._step_parameters(), epsilon)
+        return LRUState(hidden, outputs)
+
+    def _step_parameters(self) -> StepParameters:
+        """Made anew when a parameter has been written to."""
+        now = tuple((id(one), one._version) for one in self.blocks.parameters())
+        if self._kept is None or self._kept[0] != now:
+            fields = zip(*(block.step_parameters() for block in self.blocks), strict=True)  # type: ignore[operator]
+            arrays = (torch.stack(values).contiguous().numpy() for values in fields)
+            self._kept = now, StepParameters(*arrays)
+        return self._kept[1]
 
     def _run(self, embedded: Tensor, hidden: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         values, finals = self._enter(embedded), []
@@ -192,6 +225,23 @@ class Block(nn.Module):
         (a, b), (re, im) = decay, hidden.chunk(2, dim=1)
         states = inputs.to(hidden.dtype) + torch.cat([a * re - b * im, a * im + b * re], dim=1)
         return self.outputs(values, states), states
+
+    def step_parameters(self) -> tuple[Tensor, ...]:
+        """The fields of ``StepParameters`` for this block."""
+        decay, gamma = self.recurrence()
+        norms = (self.recurrence_norm, self.ffn_norm)
+        return (
+            decay,
+            (gamma.unsqueeze(-1) * self.enter.weight).T,
+            gamma * self.enter.bias,
+            self.leave.weight.T,
+            self.leave.bias,
+            self.widen.weight.T,
+            self.widen.bias,
+            self.narrow.weight.T,
+            self.narrow.bias,
+            torch.stack([torch.stack([norm.weight, norm.bias]) for norm in norms]),
+        )
 
     def _inputs(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Decays ``[2, H]`` and the scaled inputs of the recurrence ``[N, 2H]``."""

@@ -177,13 +177,15 @@ class Arena:
     def _advanced(self, rows: np.ndarray, columns: Columns) -> tuple[np.ndarray, State | None]:
         """Who read something, and their states; events lie user by user."""
         known = columns.items >= 0
-        touched, first, lengths = np.unique(rows[known], return_index=True, return_counts=True)
-        if touched.size == 0:
-            return touched, None
-        touched, lengths = _as_they_lie(touched, first, lengths)
+        mine = rows[known]
+        if mine.size == 0:
+            return mine, None
+        # where the next user begins
+        first = np.flatnonzero(np.append(True, mine[1:] != mine[:-1]))
+        touched, lengths = mine[first], np.diff(first, append=mine.size)
         batch = columns.at(known).batch(lengths, self.model.event_fields)
         before = states.take(self._states, torch.from_numpy(touched))
-        read = self.model.step if lengths.max() == 1 else self.model.advance
+        read = self.model.step if touched.size == mine.size else self.model.advance
         with torch.no_grad():
             return touched, read(batch, before)
 
@@ -316,14 +318,6 @@ class Arena:
             self._free.append(row)
             self._write(np.array([row]), self._initial)
             self._standing[row], self._dirty[row] = np.zeros((), dtype=STANDING), False
-
-
-def _as_they_lie(
-    touched: np.ndarray, first: np.ndarray, lengths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Users, whose events lie together, in the order of these, and how many each has."""
-    order = np.argsort(first)
-    return touched[order], lengths[order]
 
 
 def sealed(body: bytes, user_id: Id) -> bytes:

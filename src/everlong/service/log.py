@@ -430,14 +430,21 @@ class EventLog(LogReader):
         return len(rows)
 
     def checkpoint(self) -> bool:
-        """Moves what is in the write-ahead log into the file and empties it.
+        """Moves what is in the write-ahead log into the file and empties it: no trace stays there.
 
         Returns:
             False if it could not: somebody reads, or the disk refuses. Nothing is lost by that.
         """
+        return self._checkpoint("TRUNCATE")
+
+    def wrap(self) -> bool:
+        """The same, but the next events overwrite it: what need not grow is written faster."""
+        return self._checkpoint("RESTART")
+
+    def _checkpoint(self, how: str) -> bool:
         try:
             with self._told("written"):
-                answer = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                answer = self.connection.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
         except OSError as error:
             log.warning("the write-ahead log cannot be emptied: %s", error)
             return False

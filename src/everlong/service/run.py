@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def run_service(
     keys: Path | None,
     shards: int,
     drain: float = 0.0,
+    verify: bool = True,
     say: Callable[[str], None],
 ) -> None:
     """Serves until SIGTERM or Ctrl-C; then answers what is in flight and writes all states.
@@ -55,6 +56,7 @@ def run_service(
         shards: of a new data folder.
         drain: seconds between the first sign of the end, when ``/readyz`` begins to refuse, and
             the last new request, so that a load balancer has time to notice.
+        verify: whether another process reads the whole log after the start.
         say: takes lines for the user.
 
     Raises:
@@ -93,12 +95,12 @@ def run_service(
         bound = listener.getsockname()
         say(f"serving {service.live.recommender.origin.model} on http://{bound[0]}:{bound[1]}")
         say(f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}")
-        threading.Thread(target=_verify, args=[service], name="verify", daemon=True).start()
         sys.setswitchinterval(TURN_S)
         # what is there now stays: the collector need not look at it again and again
         gc.collect()
         gc.freeze()
-        _server(uvicorn.Server, config, service, drain).run(sockets=[listener])
+        with _verified(service) if verify else nullcontext():
+            _server(uvicorn.Server, config, service, drain).run(sockets=[listener])
 
 
 def _server(kind: Any, config: Any, service: Service, drain: float) -> Any:
@@ -115,7 +117,8 @@ def _server(kind: Any, config: Any, service: Service, drain: float) -> Any:
     return Server(config)
 
 
-def _verify(service: Service) -> None:
+@contextmanager
+def _verified(service: Service) -> Iterator[None]:
     """Has another process read the whole log; the service is not ready if it is damaged."""
     command = [sys.executable, "-m", "everlong", "verify", str(service.folder)]
     process = subprocess.Popen(  # noqa: S603 - this program, and a folder that it has open
@@ -124,12 +127,22 @@ def _verify(service: Service) -> None:
     # it takes what time the service leaves
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
-    told = process.communicate()[1].decode(errors="replace").strip()
-    if process.returncode == DAMAGED:
-        log.error("the log is damaged: %s", told)
-        service.damage = "the log is damaged: see what `everlong verify` says"
-    elif process.returncode > 0:
-        log.warning("the log could not be verified: %s", told)
+
+    def wait() -> None:
+        told = process.communicate()[1].decode(errors="replace").strip()
+        if process.returncode == DAMAGED:
+            log.error("the log is damaged: %s", told)
+            service.damage = "the log is damaged: see what `everlong verify` says"
+        elif process.returncode > 0:
+            log.warning("the log could not be verified: %s", told)
+
+    waiting = threading.Thread(target=wait, name="verify")
+    waiting.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        waiting.join()
 
 
 def is_loopback(host: str) -> bool:

@@ -26,7 +26,7 @@ from everlong import state as states
 from everlong.atomic import write_bytes
 from everlong.service.arena import Arena
 from everlong.service.deployment import QUERIES, Deployment, Listed, Wanted
-from everlong.service.log import DamagedError, Event, Id, LogReader, Receipt, Stored
+from everlong.service.log import DamagedError, Event, Id, LogReader, Receipt, Stored, make_folder
 from everlong.service.reader import Reader
 from everlong.service.shard import Shard
 from everlong.service.standing import Standing
@@ -78,7 +78,7 @@ class Service:
         self, folder: Path, deployment: Deployment, *, shards: int = 1, capacity: int = 10_000
     ) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._lock = _locked(folder / LOCK)
         self.shards: list[Shard] = []
         self._switching = threading.Lock()

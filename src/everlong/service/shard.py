@@ -225,16 +225,19 @@ class Shard:
     def _drop(self, arena: Arena) -> None:
         self.arenas.pop(arena.name, None)
         self._pending = [one for one in self._pending if one.arena is not arena]
-        self._keep_records_of(self.arenas)
+        self._written.pop(arena.name, None)
+        self._delete_records_of({arena.name})
 
     def _keep_records_of(self, names: Collection[str]) -> None:
+        rows = self.log.connection.execute("SELECT DISTINCT model FROM states").fetchall()
+        self._delete_records_of({name for (name,) in rows} - set(names))
+
+    def _delete_records_of(self, names: Collection[str]) -> None:
         run = self.log.connection.execute
         with self.log.transaction():
-            for (name,) in run("SELECT DISTINCT model FROM states").fetchall():
-                if name not in names:
-                    run("DELETE FROM states WHERE model=?", (name,))
-            for (fact,) in run("SELECT name FROM facts").fetchall():
-                if fact.startswith((_WATERMARK, _INCOMPLETE)) and fact.split()[-1] not in names:
+            for name in names:
+                run("DELETE FROM states WHERE model=?", (name,))
+                for fact in (_WATERMARK + name, _INCOMPLETE + name):
                     run("DELETE FROM facts WHERE name=?", (fact,))
 
     def _warm(self, user_ids: Sequence[Id]) -> None:
@@ -393,7 +396,7 @@ class Shard:
                         beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             except sqlite3.Error as error:
                 log.warning("the write-ahead log cannot be emptied: %s", error)
-            self._do(self.log.checkpoint)
+            self._do(self.log.wrap)
 
         self._flush = threading.Thread(target=flush, name=f"flush {self.log.path.name}")
         self._flush.start()
