@@ -20,6 +20,7 @@ from everlong import state as states
 from everlong.batch import Batch
 from everlong.events import read_events
 from everlong.model import ItemHead
+from everlong.ops.coarse_scores import coarse_best
 from everlong.recommender import Recommender
 from everlong.service import catalogue as module
 from everlong.service.catalogue import Catalogue, Pairs, made_up
@@ -98,11 +99,7 @@ def test_lists_are_those_of_the_definition(search: Any, coarse: bool, cut: bool)
     head, user, k, exclude, hidden = search
     with pytest.MonkeyPatch.context() as patch:
         if cut:
-            # many blocks of items and of users, and groups of items
-            patch.setattr(module, "STRIDE", 2)
-            patch.setattr(module, "LEAST_STRIDES", 8)
-            patch.setattr(module, "SCORES", 16)
-            patch.setattr(module, "TOGETHER", 3)
+            # many blocks of products, and no room to spare
             patch.setattr(module, "SPARE", 1)
             patch.setattr(module, "PRODUCTS", 8)
         agrees(head, user, k, coarse=coarse, exclude=exclude, hidden=hidden)
@@ -160,16 +157,20 @@ def test_near_ties_that_the_coarse_look_cannot_tell_apart(kind: str, scale: floa
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("users", [1, 2, 64])
 def test_coarse_scores_are_as_near_as_is_said(scale: float, users: int) -> None:
-    head = random_head(10_000, seed=5, scale=scale)
+    head = random_head(3_000, seed=5, scale=scale)
     user = torch.randn(users, DIM, generator=torch.Generator().manual_seed(6))
     catalogue = Catalogue(head, coarse=True)
-    none = torch.zeros(0, dtype=torch.int64)
-    (_, coarse), *others = catalogue._look(user, (none, none))
-    assert not others
+    values = np.full((users, 3_000), -np.inf, dtype=np.float32)
+    items = np.full((users, 3_000), -1)
+    none, cuts = np.zeros(0, dtype=np.int64), np.zeros(users + 1, dtype=np.int64)
+    table, scales, bias = catalogue._table, catalogue._scales, catalogue.bias.numpy()
+    coarse_best(table, scales, bias, user.numpy(), none, cuts, values, items)
+    coarse = torch.empty(users, 3_000)
+    coarse.scatter_(1, torch.from_numpy(items), torch.from_numpy(values))
     scores = user.double() @ head.weight.double().T + head.bias.double()
     length = float(user.norm(dim=1).max() * head.weight.norm(dim=1).max())
     for row in range(users):
-        highest = catalogue._error.highest(coarse[row, :10_000], user[row : row + 1])
+        highest = catalogue._error.highest(coarse[row], user[row : row + 1])
         assert bool((highest >= scores[row]).all())
         # a bound that is far off would send every search the long way
         assert float((highest - scores[row]).max()) < 0.02 * length

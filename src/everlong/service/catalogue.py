@@ -12,16 +12,16 @@ Where there is an index, it names the items to be scored instead, and the list i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 from torch.nn import functional
 
 from everlong.model import ItemHead
+from everlong.ops.coarse_scores import coarse_above, coarse_best
 from everlong.topk import NONE, top_k, top_k_items
 
 log = logging.getLogger(__name__)
@@ -29,20 +29,8 @@ log = logging.getLogger(__name__)
 COARSE_FROM = 50_000
 """Items from which on there is a coarse look."""
 
-STRIDE = 64
-"""Items of which the highest stands for all in the search for the highest scores."""
-
-LEAST_STRIDES = 64
-"""Strides of one block of items at the least."""
-
 SPARE = 32
 """Items beyond one and a half times the places of a list that are scored after the coarse look."""
-
-TOGETHER = 64
-"""Users of one product."""
-
-SCORES = 1 << 22
-"""Coarse scores held at once: 16 MiB, few enough for the memory to be used again."""
 
 PRODUCTS = 1 << 22
 """Products in float64 that are held at once."""
@@ -88,14 +76,12 @@ class Catalogue:
             )
         self.weight, self._own_bias, self.bias = weight, bias, bias
         self.coarse = len(weight) >= COARSE_FROM if coarse is None else coarse
-        # rows of zeros up to a whole number of strides; their bias of -inf keeps them out
-        size = -(-len(weight) // STRIDE) * STRIDE if self.coarse else 0
-        padded = functional.pad(weight[:size], (0, 0, 0, max(0, size - len(weight))))
-        scales = padded.abs().amax(1).clamp(min=1e-30) / 127 if size else padded[:, 0]
-        self._scales = scales.numpy()
-        self._table = (padded / scales[:, None]).round().to(torch.int8)
+        some = weight if self.coarse else weight[:0]
+        scales = some.abs().amax(1).clamp(min=1e-30) / 127
+        table = (some / scales[:, None]).round().to(torch.int8)
+        self._table, self._scales = table.numpy(), scales.numpy()
+        self._error = _Error.of(some, table * scales[:, None], bias)
         self._norms = weight.norm(dim=1)
-        self._error = _Error.of(padded, self._table * scales[:, None], bias)
         self.index: Index | None = None
         self.recall: float | None = None
         self.hide(torch.zeros(0, dtype=torch.int64))
@@ -108,8 +94,6 @@ class Catalogue:
         bias = self._own_bias.index_fill(0, items, -torch.inf)
         if self.index is not None:
             self.index.hide(items)
-        short = max(0, len(self._table) - len(bias))
-        self._coarse_bias = functional.pad(bias, (0, short), value=-torch.inf)
         self.bias = bias
 
     def scores(self, user: Tensor, items: Tensor) -> Tensor:
@@ -164,72 +148,41 @@ class Catalogue:
         k = min(k, len(self))
         if len(user) == 0 or not self.coarse:
             return Best(*top_k_items(user, self.weight, self.bias, k, exclude=(rows, items)))
-        if len(user) <= TOGETHER:
-            return self._best_together(user, k, (rows, items))
-        found = []
-        for first in range(0, len(user), TOGETHER):
-            own = (rows >= first) & (rows < first + TOGETHER)
-            pairs = rows[own] - first, items[own]
-            found.append(self._best_together(user[first : first + TOGETHER], k, pairs))
-        return Best(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-    def _best_together(self, user: Tensor, k: int, exclude: Pairs) -> Best:
-        keep = min(k + k // 2 + SPARE, len(self._table))
-        blocks = []
-        for first, some in self._look(user, exclude):
-            values, found = _highest(some, keep)
-            blocks.append((values, found + first))
-        coarse, items = blocks[0]
-        if len(blocks) > 1:
-            values, found = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
-            coarse, columns = values.topk(min(keep, values.shape[1]))
-            items = found.gather(1, columns)
-        out = coarse.isneginf()
-        # rows of the padding are among those that are out
-        items, order = items.clamp(max=len(self) - 1).sort(dim=1)
-        scores = self.scores(user, items).masked_fill(out.gather(1, order), -torch.inf)
-        best = _in_order(scores, items, k)
+        user = user.contiguous()
+        items, order = items.sort()
+        excluded, cuts = _by_user(rows[order], items, len(user))
+        keep = min(k + k // 2 + SPARE, len(self))
+        coarse = np.full((len(user), keep), -np.inf, dtype=np.float32)
+        named = np.full((len(user), keep), NONE)
+        coarse_best(
+            *(self._table, self._scales, self.bias.numpy(), user.numpy()),
+            *(excluded, cuts, coarse, named),
+        )
+        found = torch.from_numpy(named).sort(dim=1)[0]
+        scores = self.scores(user, found.clamp(min=0)).masked_fill(found == NONE, -torch.inf)
+        best = _in_order(scores, found, k)
         # nothing that was not scored can be as high as the k-th score, if that is above this
-        lowest = coarse.amin(1)
+        lowest = torch.from_numpy(coarse[:, -1])
         limit = self._error.highest(lowest, user)
         open_ = ~((best.scores[:, -1] > limit) | lowest.isneginf())
         for row in open_.nonzero()[:, 0].tolist():
-            own = exclude[1][exclude[0] == row]
-            pairs = torch.zeros_like(own), own
-            again = self._best_above(user[row : row + 1], k, pairs, best.scores[row, -1])
+            own = excluded[cuts[row] : cuts[row + 1]]
+            again = self._best_above(user[row : row + 1], k, own, float(best.scores[row, -1]))
             best.scores[row], best.items[row] = again.scores[0], again.items[0]
         return best
 
-    def _best_above(self, user: Tensor, k: int, exclude: Pairs, floor: Tensor) -> Best:
+    def _best_above(self, user: Tensor, k: int, excluded: np.ndarray, floor: float) -> Best:
         """The best of one user, of whom the k-th best score is known to be ``floor`` or higher."""
-        found = [
-            (self._error.highest(coarse[0], user) >= floor).nonzero()[:, 0] + first
-            for first, coarse in self._look(user, exclude)
-        ]
+        far = float(self._error.highest(torch.zeros(1), user))
+        found = np.empty(len(self), dtype=np.int64)
+        count = coarse_above(
+            *(self._table, self._scales, self.bias.numpy(), user[0].numpy(), excluded),
+            *(far, self._error.by_score, floor, found),
+        )
         size = max(1, PRODUCTS // user.shape[1])
-        parts = torch.split(torch.cat(found), size)
+        parts = torch.split(torch.from_numpy(found[:count]), size)
         scores = torch.cat([self.scores(user, part[None]) for part in parts], dim=1)
         return _in_order(scores, torch.cat(parts)[None], k)
-
-    def _look(self, user: Tensor, exclude: Pairs) -> Iterator[tuple[int, Tensor]]:
-        """Coarse scores ``[B, n]`` of one block of items after the other, and where it begins."""
-        users, table, bias = (
-            user.contiguous().numpy(),
-            self._table.numpy(),
-            self._coarse_bias.numpy(),
-        )
-        size = max(SCORES // len(user) // STRIDE, LEAST_STRIDES) * STRIDE
-        rows, items = exclude
-        for first in range(0, len(table), size):
-            own = slice(first, first + size)
-            coarse = torch.empty(len(user), len(table[own]))
-            coarse_scores(table[own], self._scales[own], users, bias[own], coarse.numpy())
-            if len(self._table) <= size:
-                coarse[rows, items] = -torch.inf
-            else:
-                here = (items >= first) & (items < first + size)
-                coarse[rows[here], items[here] - first] = -torch.inf
-            yield first, coarse
 
     # nearly
 
@@ -316,21 +269,11 @@ class _Error(NamedTuple):
         return far + coarse.abs() * self.by_score + coarse
 
 
-# sums in any order: their error is in the bound
-@njit(
-    cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}
-)  # pragma: no cover - compiled
-def coarse_scores(
-    table: np.ndarray, scales: np.ndarray, users: np.ndarray, bias: np.ndarray, out: np.ndarray
-) -> None:
-    """Scores ``out [B, n]`` of users ``[B, D]`` from a table ``[n, D]`` int8 and its scales."""
-    for item in range(table.shape[0]):
-        row = table[item]
-        for user in range(users.shape[0]):
-            own, total = users[user], np.float32(0.0)
-            for n in range(row.size):
-                total += np.float32(row[n]) * own[n]
-            out[user, item] = total * scales[item] + bias[item]
+def _by_user(rows: Tensor, items: Tensor, users: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items of pairs, which rise, user by user, and where those of each user begin."""
+    rows, order = rows.sort(stable=True)
+    cuts = torch.searchsorted(rows, torch.arange(users + 1))
+    return items[order].numpy(), cuts.numpy()
 
 
 class Index:
@@ -393,20 +336,6 @@ def made_up(vectors: Tensor, length: float, count: int) -> Tensor:
 def _named_for(k: int) -> int:
     """Items that an index names for a list of ``k``."""
     return 4 * k + 32
-
-
-def _highest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` highest of each row ``[B, n]`` and where they are; any among equals."""
-    users, width = scores.shape
-    count, columns = min(count, width), width // STRIDE
-    # the search for the highest is dearer than the product: one of many goes into it
-    if columns <= 2 * count or width % STRIDE:
-        values, places = scores.topk(count)
-        return values, places
-    chosen = scores.view(users, STRIDE, columns).amax(1).topk(count)[1]
-    places = (chosen[:, None] + columns * torch.arange(STRIDE)[:, None]).flatten(1)
-    values, order = scores.gather(1, places).topk(count)
-    return values, places.gather(1, order)
 
 
 def _in_order(scores: Tensor, items: Tensor, k: int) -> Best:

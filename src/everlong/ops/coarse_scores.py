@@ -1,0 +1,108 @@
+"""A coarse look at a whole catalogue: item vectors of 8 bits, read once for all users.
+
+The table is a quarter of the vectors in float32, and to read it is what takes the time. How far a
+coarse score can be from the score is for the caller to know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+BLOCK = 512
+"""Items whose scores are held at once."""
+
+# sums in any order: their error is in the bound
+_FLAGS: Any = {"cache": True, "nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def coarse_best(
+    table: np.ndarray,
+    scales: np.ndarray,
+    bias: np.ndarray,
+    users: np.ndarray,
+    excluded: np.ndarray,
+    cuts: np.ndarray,
+    values: np.ndarray,
+    items: np.ndarray,
+) -> None:
+    """The highest coarse scores of users, in one pass over the catalogue.
+
+    Args:
+        table: ``[I, D]`` int8; a row times its scale is nearly an item vector.
+        scales: ``[I]``.
+        bias: ``[I]``, -inf for items that are hidden.
+        users: ``[B, D]``.
+        excluded: ``[E]`` items that must not come, user by user, rising.
+        cuts: ``[B + 1]`` where those of each user begin.
+        values: ``[B, n]`` of -inf, where the scores go, highest first.
+        items: ``[B, n]``, where their items go.
+    """
+    scores, last = np.empty(BLOCK, np.float32), values.shape[1] - 1
+    for first in range(0, table.shape[0], BLOCK):
+        for user in range(users.shape[0]):
+            count = _scores(table, scales, bias, users[user], first, scores)
+            own = excluded[cuts[user] : cuts[user + 1]]
+            for n in range(count):
+                if scores[n] <= values[user, last] or _holds(own, first + n):
+                    continue
+                place = last
+                while place > 0 and values[user, place - 1] < scores[n]:
+                    values[user, place] = values[user, place - 1]
+                    items[user, place] = items[user, place - 1]
+                    place -= 1
+                values[user, place], items[user, place] = scores[n], first + n
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def coarse_above(
+    table: np.ndarray,
+    scales: np.ndarray,
+    bias: np.ndarray,
+    user: np.ndarray,
+    excluded: np.ndarray,
+    far: float,
+    by_score: float,
+    floor: float,
+    items: np.ndarray,
+) -> int:
+    """All items whose score may be ``floor`` or more by the bound; returns how many."""
+    scores, found = np.empty(BLOCK, np.float32), 0
+    for first in range(0, table.shape[0], BLOCK):
+        for n in range(_scores(table, scales, bias, user, first, scores)):
+            high = scores[n] + abs(scores[n]) * by_score + far
+            # items that are hidden have -inf, which the bound makes NaN
+            if high >= floor and not _holds(excluded, first + n):
+                items[found] = first + n
+                found += 1
+    return found
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _scores(
+    table: np.ndarray,
+    scales: np.ndarray,
+    bias: np.ndarray,
+    user: np.ndarray,
+    first: int,
+    scores: np.ndarray,
+) -> int:
+    """Coarse scores of one block of items; returns how many there are."""
+    # views, so that the loops count from 0
+    rows, own = table[first : first + scores.size], scales[first : first + scores.size]
+    base, count = bias[first : first + scores.size], rows.shape[0]
+    for n in range(count):
+        row, total = rows[n], np.float32(0.0)
+        for m in range(row.size):
+            total += np.float32(row[m]) * user[m]
+        scores[n] = total * own[n] + base[n]
+    return int(count)
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _holds(rising: np.ndarray, item: int) -> bool:
+    place = np.searchsorted(rising, item)
+    return bool(place < rising.size and rising[place] == item)
