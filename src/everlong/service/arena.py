@@ -19,7 +19,7 @@ from everlong import state as states
 from everlong.ids import IdMap
 from everlong.model import UserModel
 from everlong.service.columns import Columns
-from everlong.service.log import DamagedError, Id, Stored
+from everlong.service.log import DamagedError, Id, Slice
 from everlong.service.room import machine_memory, room, room_like
 from everlong.service.standing import STANDING, Standing, note
 from everlong.state import State
@@ -121,16 +121,16 @@ class Arena:
 
     # events
 
-    def columns(self, events: Sequence[Stored]) -> Columns:
+    def columns(self, events: Slice) -> Columns:
         """Events as the model reads them."""
         return Columns.of(events, self.item_ids.row_of, self.model.field_codes)
 
-    def apply(self, events: Sequence[Stored]) -> Applied:
+    def apply(self, events: Slice) -> Applied:
         """Reads events, in the order of their offsets, into the states of their users.
 
         An event whose offset a state has passed already is left out.
         """
-        rows = self._add([event.user_id for event in events])
+        rows = self._add(events.user_ids)
         columns = self.columns(events)
         fresh = np.flatnonzero(columns.offsets > self._standing["offset"][rows])
         order = fresh[np.argsort(rows[fresh], kind="stable")]
@@ -142,7 +142,7 @@ class Arena:
                 self._write(*new)
                 late += self._note(rows[part], columns.at(part))
         unread = int((columns.items < 0).sum())
-        return Applied(order.size, len(events) - order.size, unread, late)
+        return Applied(order.size, len(events.offsets) - order.size, unread, late)
 
     def rebuild(self, user_ids: Sequence[Id], owner: np.ndarray, columns: Columns) -> Applied:
         """Reads whole histories in the order of their times, as in training; users begin anew.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from everlong.batch import Batch
-from everlong.service.log import Stored
+from everlong.service.log import Slice
 from everlong.service.standing import numbers_of
 
 
@@ -29,27 +30,20 @@ class Columns(NamedTuple):
     """``[n, X]`` int64, the fields that the model reads."""
 
     @staticmethod
-    def of(
-        events: Sequence[Stored], row_of: Mapping[Any, int], field_codes: Mapping[str, int]
-    ) -> Columns:
+    def of(events: Slice, row_of: Mapping[Any, int], field_codes: Mapping[str, int]) -> Columns:
         """The columns of events for a model with a catalogue and fields."""
-        if not events:
-            none = np.zeros(0, dtype=np.int64)
-            codes = none.reshape(0, len(field_codes))
-            return Columns(none, none.astype(np.uint64), none, none, codes)
-        offsets, keys, _, item_ids, times, fields = zip(*events, strict=True)
-        items = np.array([row_of.get(item_id, -1) for item_id in item_ids], dtype=np.int64)
-        codes = np.array(
-            [[_code(own.get(name)) for name in field_codes] for own in fields], dtype=np.int64
-        ).reshape(len(events), -1)
-        if field_codes:
-            limits = np.array(list(field_codes.values()))
-            items[((codes < 0) | (codes >= limits)).any(axis=1)] = -1
+        count = len(events.offsets)
+        rows = map(row_of.get, events.item_ids, repeat(-1))
+        items = np.fromiter(rows, dtype=np.int64, count=count)
+        codes = np.zeros((count, len(field_codes)), dtype=np.int64)
+        for column, (name, limit) in enumerate(field_codes.items()):
+            codes[:, column] = [_code(own.get(name)) for own in events.fields]
+            items[(codes[:, column] < 0) | (codes[:, column] >= limit)] = -1
         return Columns(
-            np.array(offsets, dtype=np.int64),
-            numbers_of(keys),
+            np.array(events.offsets, dtype=np.int64),
+            numbers_of(events.keys),
             items,
-            np.array(times, dtype=np.int64),
+            np.array(events.times, dtype=np.int64),
             codes,
         )
 

@@ -15,7 +15,6 @@ start. A second delivery is then answered with the offset of the first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import secrets
@@ -23,8 +22,9 @@ import sqlite3
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from everlong.atomic import sync_folder
 
@@ -92,6 +92,25 @@ class Stored(NamedTuple):
     item_id: Id
     time: int
     fields: Mapping[str, float | int]
+
+
+class Slice(NamedTuple):
+    """``n`` events of the log, field by field: of many, this takes half the time."""
+
+    offsets: tuple[int, ...]
+    keys: tuple[bytes, ...]
+    user_ids: tuple[Id, ...]
+    item_ids: tuple[Id, ...]
+    times: tuple[int, ...]
+    fields: tuple[Mapping[str, float | int], ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.offsets)
+
+    @staticmethod
+    def of(events: Sequence[Stored]) -> Slice:
+        """Some events."""
+        return Slice(*zip(*events, strict=True)) if events else Slice((), (), (), (), (), ())
 
 
 class DamagedError(ValueError):
@@ -214,7 +233,7 @@ class LogReader:
 
     def key_of(self, event_id: str) -> bytes:
         """16 bytes that stand for an event id in this log."""
-        return hashlib.blake2b(event_id.encode(), digest_size=16, key=self._salt).digest()
+        return blake2b(event_id.encode(), digest_size=16, key=self._salt).digest()
 
     def after(self, offset: int, limit: int) -> list[Stored]:
         """The events that follow an offset, in order, at most so many.
@@ -223,6 +242,27 @@ class LogReader:
             DamagedError: naming the offset of a row that is not what was written.
         """
         return self._events("offset>? ORDER BY offset LIMIT ?", (offset, limit))
+
+    def slices(self, last: int, size: int) -> Iterator[Slice]:
+        """All events up to an offset, in order, at most ``size`` at once.
+
+        Raises:
+            DamagedError: naming the offset of a row that is not what was written.
+        """
+        offset, query = 0, "SELECT * FROM events WHERE offset>? AND offset<=? LIMIT ?"
+        while True:
+            with self._told("read"):
+                rows = self.connection.execute(query, (offset, last, size)).fetchall()
+            for row in rows:
+                # as ``_checksum`` does; a call would take as long as the hash
+                if blake2b(repr(row[:6]).encode(), digest_size=8).digest() != row[6]:
+                    self._checked(row)
+            if not rows:
+                return
+            offset = rows[-1][0]
+            offsets, keys, user_ids, item_ids, times, texts, _ = zip(*rows, strict=True)
+            fields = tuple(json.loads(text) if text else NO_FIELDS for text in texts)
+            yield Slice(offsets, keys, user_ids, item_ids, times, fields)
 
     def of_user(self, user_id: Id) -> list[Stored]:
         """All events of a user, in the order of arrival."""
@@ -273,15 +313,15 @@ class LogReader:
             )
         return found.events
 
-    def _checked(self, row: Sequence[object]) -> Stored:
+    def _checked(self, row: tuple[Any, ...]) -> Stored:
         offset, key, user_id, item_id, time, fields, checksum = row
         if _checksum(offset, key, user_id, item_id, time, fields) != checksum:
             raise DamagedError(
                 f"{self.path}: the event at offset {offset} is not what was written; restore the "
                 "file from a copy"
             )
-        read = json.loads(fields) if fields else NO_FIELDS  # type: ignore[arg-type]
-        return Stored(offset, key, user_id, item_id, time, read)  # type: ignore[arg-type]
+        read = json.loads(fields) if fields else NO_FIELDS
+        return Stored(offset, key, user_id, item_id, time, read)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -464,7 +504,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _checksum(*values: object) -> bytes:
-    return hashlib.blake2b(repr(values).encode(), digest_size=8).digest()
+    return blake2b(repr(values).encode(), digest_size=8).digest()
 
 
 def _plus(total: int, checksum: bytes, sign: int = 1) -> int:

@@ -6,14 +6,16 @@ whole histories as in training, in the order of their times, many events by one 
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from everlong.service.arena import Applied, Arena
 from everlong.service.columns import Columns
-from everlong.service.log import Id, LogReader, Stored
+from everlong.service.log import Id, LogReader, Slice
 
 SLICE = 8_192
 """Events that are taken from the log at once."""
@@ -38,7 +40,8 @@ def backfill(log: LogReader, arena: Arena, *, since: int | None = None) -> Appli
     total, applied = log.look(), Applied()
     parts = max(1, -(-total.events // EVENTS_IN_MEMORY))
     for part in range(parts):
-        user_ids, owner, columns = _histories(log, arena, total.last, part, parts)
+        with _without_collector():
+            user_ids, owner, columns = _histories(log, arena, total.last, part, parts)
         if since is not None:
             user_ids, owner, columns = _active(user_ids, owner, columns, since)
         applied = applied.plus(arena.rebuild(user_ids, owner, columns))
@@ -48,13 +51,13 @@ def backfill(log: LogReader, arena: Arena, *, since: int | None = None) -> Appli
 
 def read_on(log: LogReader, arena: Arena) -> Applied:
     """Applies some more of a log's events, in the order of their arrival."""
-    events = log.after(arena.offset, SLICE)
+    events = Slice.of(log.after(arena.offset, SLICE))
     if not arena.complete:
-        users = dict.fromkeys(event.user_id for event in events)
+        users = dict.fromkeys(events.user_ids)
         rebuild(log, arena, [user_id for user_id in users if user_id not in arena])
     applied = arena.apply(events)
     # offsets after the last event are of events that were erased
-    arena.offset = events[-1].offset if events else max(arena.offset, log.total.last)
+    arena.offset = events.offsets[-1] if events else max(arena.offset, log.total.last)
     return applied
 
 
@@ -64,7 +67,20 @@ def rebuild(log: LogReader, arena: Arena, user_ids: Iterable[Id]) -> None:
         arena.forget(user_id)
         if events := log.of_user(user_id):
             owner = np.zeros(len(events), dtype=np.int64)
-            arena.rebuild([user_id], owner, arena.columns(events))
+            arena.rebuild([user_id], owner, arena.columns(Slice.of(events)))
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A block in which nothing looks for cycles: millions of small objects come and go, none in a
+    cycle, and to look at them takes as long as to read them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _histories(
@@ -72,25 +88,19 @@ def _histories(
 ) -> tuple[list[Id], np.ndarray, Columns]:
     """Users of one part, whose each event is, and the events in the order of the log."""
     number_of: dict[Id, int] = {}
-    owners, columns = [np.zeros(0, dtype=np.int64)], [arena.columns([])]
-    for events in _slices(log, last):
-        if parts > 1:
-            events = [event for event in events if _part_of(event.user_id, parts) == part]
-        owners.append(
-            np.array(
-                [number_of.setdefault(event.user_id, len(number_of)) for event in events],
-                dtype=np.int64,
-            )
+    owners, columns = [np.zeros(0, dtype=np.int64)], [arena.columns(Slice.of([]))]
+    for events in log.slices(last, SLICE):
+        found = (
+            number_of.setdefault(user_id, len(number_of))
+            if parts == 1 or _part_of(user_id, parts) == part
+            else -1
+            for user_id in events.user_ids
         )
-        columns.append(arena.columns(events))
+        owner = np.fromiter(found, dtype=np.int64, count=len(events.offsets))
+        mine = arena.columns(events)
+        owners.append(owner[owner >= 0])
+        columns.append(mine if parts == 1 else mine.at(owner >= 0))
     return list(number_of), np.concatenate(owners), Columns.joined(columns)
-
-
-def _slices(log: LogReader, last: int) -> Iterator[list[Stored]]:
-    offset = 0
-    while offset < last and (events := log.after(offset, SLICE)):
-        offset = events[-1].offset
-        yield events if offset <= last else [event for event in events if event.offset <= last]
 
 
 def _part_of(user_id: Id, parts: int) -> int:

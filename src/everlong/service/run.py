@@ -29,9 +29,6 @@ DRAIN_S = 20
 DAMAGED = 3
 """Exit code of ``everlong verify`` for a log that is not what was written."""
 
-TURN_S = 0.0005
-"""How long a thread may keep the others waiting: writer, reader and the loop share a core."""
-
 
 def run_service(
     model: Path,
@@ -95,7 +92,6 @@ def run_service(
         bound = listener.getsockname()
         say(f"serving {service.live.recommender.origin.model} on http://{bound[0]}:{bound[1]}")
         say(f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}")
-        sys.setswitchinterval(TURN_S)
         # what is there now stays: the collector need not look at it again and again
         gc.collect()
         gc.freeze()
