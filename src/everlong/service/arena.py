@@ -47,9 +47,9 @@ class Applied(NamedTuple):
     late: int = 0
     """Events older than one that was read before."""
 
-    def plus(self, other: Applied) -> Applied:
-        """Both together."""
-        return Applied(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, *others: Applied) -> Applied:
+        """All together."""
+        return Applied(*map(sum, zip(self, *others, strict=True)))
 
 
 class Arena:

@@ -34,8 +34,12 @@ LINGER_S = 0.0025
 """Time from the end of one writing to the begin of the next: a lone event does not wait at all."""
 
 CHECKPOINT_S = 10.0
-SLICE = 64
-"""States that are written between two groups of events: few, so that events wait for a moment."""
+FLUSH_S = 1.0
+"""Time between two movings of events from the write-ahead log into the file."""
+
+SLICE, IDLE_S = 32, 0.5
+"""States that are written between two groups of events: few, so that events wait for a moment, but
+many after a time without any."""
 
 RECORDS = 8_192
 """States that are read at once on start."""
@@ -95,13 +99,17 @@ class Shard:
         self._waiting, self._count = 0, threading.Lock()
         self._last_checkpoint = time.monotonic()
         self._written_at = 0.0
-        self._flush: threading.Thread | None = None
         self._pending: list[Unwritten] = []
         self._written: dict[str, int] = {}
         # users who were erased while an arena, by its name, was being filled
         self._erased_since: dict[str, set[Id]] = {}
-        self._thread = threading.Thread(target=self._write, name=f"writer {path.name}")
-        self._thread.start()
+        self._flushing, self._closing = threading.Lock(), threading.Event()
+        self._threads = [
+            threading.Thread(target=act, name=f"{name} {path.name}")
+            for name, act in (("writer", self._write), ("flush", self._flush))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # callers
 
@@ -132,7 +140,7 @@ class Shard:
 
         Args:
             arena: empty.
-            since: see :func:`everlong.service.backfill.backfill`.
+            since: see :func:`everlong.service.replay.backfill`.
 
         Raises:
             DamagedError: if the log is not what was written.
@@ -167,7 +175,7 @@ class Shard:
     @property
     def alive(self) -> bool:
         """Whether the writer goes on."""
-        return self._thread.is_alive()
+        return self._threads[0].is_alive()
 
     @property
     def waiting(self) -> int:
@@ -176,8 +184,10 @@ class Shard:
 
     def close(self) -> None:
         """Writes what waits, then all states, and stops."""
+        self._closing.set()
         self._queue.put(None)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self.log.close()
 
     def _do(self, act: Callable[[], T]) -> Future[T]:
@@ -324,11 +334,8 @@ class Shard:
         receipts = self.log.append(events)
         self._written_at = time.monotonic()
         try:
-            for arena in self.arenas.values():
-                # from where it stands: a group that could not be applied is not passed over
-                applied = self._bring(arena)
-                if arena is next(iter(self.arenas.values())):
-                    self.applied = self.applied.plus(applied)
+            # from where each stands: a group that could not be applied is not passed over
+            applied = [self._bring(arena) for arena in self.arenas.values()]
         except Exception as error:
             log.exception("events are in the log but not in the states")
             raise BehindError(
@@ -336,14 +343,14 @@ class Shard:
                 "the next ones: send them again to be sure"
             ) from error
         self.writable = True
+        self.applied = self.applied.plus(*applied[:1])
         self.repeated += sum(not receipt.new for receipt in receipts)
         return receipts
 
     def _erase(self, user_id: Id) -> int:
-        if self._flush is not None:
-            # nothing of the user stays in the write-ahead log
-            self._flush.join()
-        count = self.log.erase(user_id)
+        # nothing of the user stays in the write-ahead log
+        with self._flushing:
+            count = self.log.erase(user_id)
         for arena in self.arenas.values():
             arena.forget(user_id)
         for users in self._erased_since.values():
@@ -376,30 +383,34 @@ class Shard:
         if not self._pending:
             return
         (arena, offset, rows), others = self._pending[0], self._pending[1:]
-        size = SLICE if self._waiting else 64 * SLICE
+        idle = time.monotonic() - self._written_at > IDLE_S
+        size = 128 * SLICE if idle or self._closing.is_set() else SLICE
         now, left = rows[:size], rows[size:]
         self._write_states(arena, now, offset if left.size == 0 else None)
         self._pending = [Unwritten(arena, offset, left), *others] if left.size else others
         if not self._pending:
-            self._flush_beside()
+            self._wrap()
 
-    def _flush_beside(self) -> None:
-        """Empties the write-ahead log: most of it beside the writer, which does only the rest."""
-        if self._flush is not None and self._flush.is_alive():
-            return
+    def _flush(self) -> None:
+        """Moves the write-ahead log into the file beside the writer, a little at a time.
 
-        def flush() -> None:
-            try:
-                with closing(sqlite3.connect(self.log.path)) as beside:
-                    # the second time there is only what has come during the first
-                    for _ in range(2):
+        All at once would keep the disk from the writer for a tenth of a second.
+        """
+        with closing(sqlite3.connect(self.log.path, check_same_thread=False)) as beside:
+            while not self._closing.wait(FLUSH_S):
+                try:
+                    with self._flushing:
                         beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            except sqlite3.Error as error:
-                log.warning("the write-ahead log cannot be emptied: %s", error)
-            self._do(self.log.wrap)
+                except sqlite3.Error as error:
+                    log.warning("the write-ahead log cannot be moved: %s", error)
 
-        self._flush = threading.Thread(target=flush, name=f"flush {self.log.path.name}")
-        self._flush.start()
+    def _wrap(self) -> None:
+        """Has the write-ahead log begin anew, if nobody is at it; the next time will do."""
+        if self._flushing.acquire(blocking=False):
+            try:
+                self.log.wrap()
+            finally:
+                self._flushing.release()
 
     def _write_states(self, arena: Arena, rows: np.ndarray, watermark: int | None) -> None:
         records, run = arena.records(rows), self.log.connection.execute
@@ -432,8 +443,7 @@ class Shard:
                 self._begin_checkpoint()
             while self._pending:
                 self._checkpoint_slice()
-            if self._flush is not None:
-                self._flush.join()
-            self.log.checkpoint()
+            with self._flushing:
+                self.log.checkpoint()
         except Exception as error:
             log.warning("states cannot be written: %s; they follow from the log", error)
