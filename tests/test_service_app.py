@@ -41,7 +41,7 @@ def service(tmp_path: Path, folders: list[Path]) -> Service:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(make_app(service)) as found:
+    with TestClient(make_app(service), base_url="http://localhost") as found:
         yield found
 
 
@@ -132,7 +132,7 @@ def test_keys_and_scopes(service: Service, tmp_path: Path) -> None:
 
     path = tmp_path / "keys.json"
     path.write_text(json.dumps([key("writer", "ingest"), key("reader", "read")]))
-    with TestClient(make_app(service, Keys.read(path))) as client:
+    with TestClient(make_app(service, Keys.read(path)), base_url="http://localhost") as client:
         asked = {"user_id": "a"}
         for secret, expected in ((None, 401), ("wrong", 401), ("writer", 403), ("reader", 200)):
             headers = {"Authorization": f"Bearer {secret}"} if secret else {}

@@ -40,11 +40,16 @@ def group(number: int) -> list[Event]:
 
 
 def fill(shard: Shard, told: dict[str, int]) -> int:
-    """Sends groups until one is refused; returns which one."""
+    """Sends groups until one is refused again and again; returns which one."""
     for number in range(10_000):
-        try:
-            receipts = shard.submit(group(number)).result()
-        except OSError:
+        # once refused, what was written is moved out of the write-ahead log, which makes room
+        for _ in range(4):
+            try:
+                receipts = shard.submit(group(number)).result()
+                break
+            except OSError:
+                continue
+        else:
             return number
         for event, receipt in zip(group(number), receipts, strict=True):
             assert receipt.new

@@ -353,12 +353,8 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 def _detail(response: httpx.Response) -> str:
-    """What an answer says was wrong; a list of faults is told one after the other."""
+    """What an answer says was wrong."""
     try:
-        detail = response.json()["detail"]
+        return str(response.json()["detail"])[:2_000]
     except (ValueError, KeyError, TypeError):
         return response.text[:500] or response.reason_phrase
-    if not isinstance(detail, list):
-        return str(detail)
-    told = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in detail[:5]]
-    return "; ".join(told + [f"and {len(detail) - 5} more"] * (len(detail) > 5))

@@ -21,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from everlong import __version__
 from everlong.service.console import add_console
 from everlong.service.deployment import Deployment, Listed, Wanted
-from everlong.service.gate import Bounded, Counted, Hot, HotRoute, refuse_in_one_form
+from everlong.service.gate import Bounded, Counted, Guarded, Hot, HotRoute, refuse_in_one_form
 from everlong.service.keys import Keys, Scope
 from everlong.service.log import DamagedError, Event, Id
 from everlong.service.messages import (
@@ -50,7 +50,7 @@ from everlong.service.service import Placed, Service
 log = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 20
-LOCAL_HOSTS = ["localhost", "127.0.0.1", "::1", "[::1]", "testserver"]
+LOCAL_HOSTS = ["localhost", "127.0.0.1", "::1", "[::1]"]
 ANSWER_S = 2.0
 """A request that takes longer is given up."""
 
@@ -91,6 +91,7 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
     )
     app.add_middleware(Hot, routes=state.hot)
     app.add_middleware(Bounded, most=MAX_BODY)
+    app.add_middleware(Guarded, keys=state.keys)
     app.add_middleware(Counted, metrics=state.metrics)
     if not len(state.keys):
         # without keys a page from elsewhere must not reach the service under a name of its own
@@ -205,6 +206,11 @@ def _sent(message: BaseModel) -> Response:
     return Response(message.model_dump_json(), media_type="application/json")
 
 
+def _not_written(error: OSError) -> HTTPException:
+    log.error("the disk refuses: %s", error)
+    return HTTPException(503, "it cannot be written now; try again", {"Retry-After": "5"})
+
+
 async def _within(awaited: Awaitable[Any]) -> Any:
     try:
         return await asyncio.wait_for(awaited, ANSWER_S)
@@ -262,7 +268,7 @@ def _add_reads(app: FastAPI, state: _State) -> None:
 
     @app.post("/v1/recommend", dependencies=[state.needs("read")], response_model=ListOut)
     async def recommend(given: RecommendIn) -> Response:
-        """The best items for a user, from the state alone."""
+        """The best items for a user; their own items, which are left out, come from the log."""
         user_id = state.user(given.user_id)
         wanted = Wanted(
             k=given.k,
@@ -342,7 +348,7 @@ def _from_path(value: str, kind: type[Any]) -> Id:
     # one way to write a number, so that one user has one address
     if re.fullmatch("0|-?[1-9][0-9]{0,18}", value, re.ASCII) and abs(int(value)) <= MAX_INT:
         return int(value)
-    raise HTTPException(422, f"expected an integer id, received {value[:32]!r}")
+    raise HTTPException(422, "expected an integer id, received something else")
 
 
 def _add_models(app: FastAPI, state: _State) -> None:
@@ -374,10 +380,16 @@ def _add_models(app: FastAPI, state: _State) -> None:
         """Builds the states of another model while serving, and makes it live."""
         try:
             deployment = await run_in_threadpool(Deployment.read, given.folder)
-            await run_in_threadpool(service.switch, deployment, since=given.since)
         # a folder may hold anything
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            log.warning("%s cannot be served: %s", given.folder, error)
             raise HTTPException(422, f"this model cannot be served: {error}") from None
+        try:
+            await run_in_threadpool(service.switch, deployment, since=given.since)
+        except ValueError as error:
+            raise HTTPException(422, f"this model cannot be served: {error}") from None
+        except OSError as error:
+            raise _not_written(error) from None
         return told()
 
     @app.post("/v1/model/rollback", dependencies=[state.needs("admin")])
@@ -387,6 +399,8 @@ def _add_models(app: FastAPI, state: _State) -> None:
             await run_in_threadpool(service.roll_back)
         except ValueError as error:
             raise HTTPException(404, str(error)) from None
+        except OSError as error:
+            raise _not_written(error) from None
         return told()
 
 
@@ -396,7 +410,10 @@ def _add_health(app: FastAPI, state: _State) -> None:
     @app.put("/v1/unavailable", dependencies=[state.needs("admin")])
     async def hide(given: UnavailableIn) -> UnavailableOut:
         """Keeps items out of every list; they replace those before, and outlive a restart."""
-        await run_in_threadpool(service.hide, [state.item(item) for item in given.item_ids])
+        try:
+            await run_in_threadpool(service.hide, [state.item(item) for item in given.item_ids])
+        except OSError as error:
+            raise _not_written(error) from None
         return UnavailableOut(item_ids=service.hidden)
 
     @app.get("/v1/unavailable", dependencies=[state.needs("read")])

@@ -87,7 +87,9 @@ class Arena:
         return len(self._rows)
 
     def __contains__(self, user_id: Id) -> bool:
-        return user_id in self._rows
+        # a user whose state is being built has a row, but is not there yet
+        row = self._rows.get(user_id)
+        return row is not None and bool(self._standing[row]["events"])
 
     @property
     def num_events(self) -> int:
@@ -105,19 +107,21 @@ class Arena:
 
     def standing(self, user_id: Id) -> Standing | None:
         """How far the state of a user goes; None of one who is not known."""
-        row = self._rows.get(user_id)
-        return None if row is None else Standing(*self._standing[row].item())
+        # a row may be given to somebody else, and a standing be moved, in between
+        with self._lock:
+            row = self._rows.get(user_id)
+            return None if row is None else Standing(*self._standing[row].item())
 
     def read(self, user_ids: Sequence[Id]) -> State:
         """The states of users; of those who are not known the initial one."""
-        rows = [self._rows.get(user_id, -1) for user_id in user_ids]
-        found = states.take(self._initial, torch.zeros(len(rows), dtype=torch.int64))
-        known = [place for place, row in enumerate(rows) if row >= 0]
-        if not known:
-            return found
         with self._lock:
-            mine = states.take(self._states, torch.tensor([rows[place] for place in known]))
-        return states.put(found, torch.tensor(known), mine)
+            rows = [self._rows.get(user_id, -1) for user_id in user_ids]
+            if min(rows, default=-1) >= 0:
+                return states.take(self._states, torch.tensor(rows))
+            known = [place for place, row in enumerate(rows) if row >= 0]
+            mine = states.take(self._states, torch.tensor([row for row in rows if row >= 0]).long())
+        found = states.take(self._initial, torch.zeros(len(rows), dtype=torch.int64))
+        return states.put(found, torch.tensor(known).long(), mine)
 
     # events
 
@@ -243,9 +247,9 @@ class Arena:
         with self._lock:
             rows = rows[[self._ids[row] is not None for row in rows.tolist()]]
             ids = [self._ids[row] for row in rows.tolist()]
-            self._dirty[rows] = False
             stored = states.take(self._states, torch.from_numpy(rows))
             stands = [self._standing[row].item() for row in rows.tolist()]
+            self._dirty[rows] = False
         if not ids:
             return []
         parts = [

@@ -20,7 +20,7 @@ from everlong.model import UserModel
 from everlong.recommender import Recommender, load
 from everlong.service.arena import Arena
 from everlong.service.catalogue import Catalogue, Pairs, made_up
-from everlong.service.log import Id
+from everlong.service.log import Id, Slice
 from everlong.state import State
 from everlong.topk import NONE, mask_items, top_k
 from everlong.two_stage import TwoStage, rerank
@@ -121,6 +121,13 @@ class Deployment:
                 catalogue.build_index(queries)
             except ImportError as error:
                 log.warning("%d items and no index: %s", len(catalogue), error)
+
+    def warm_up(self) -> None:
+        """Reads an event and makes a list for nobody: what is compiled at the first use is then."""
+        arena, somebody = self.arena(), self.user_type(0)
+        fields = dict.fromkeys(self.model.event_fields, 0)
+        arena.apply(Slice((1,), (bytes(16),), (somebody,), (self._ids[0],), (0,), (fields,)))
+        self.recommend(arena.read([somebody]), [Wanted(k=1)])
 
     def hide(self, items: Iterable[Id]) -> None:
         """Keeps items out of every list that is not asked for by name; they replace those before.

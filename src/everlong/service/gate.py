@@ -1,6 +1,6 @@
 """What every request over HTTP passes: counting, and one form of refusal.
 
-A refusal says what was expected and never repeats what came in, which may be large or secret.
+A refusal says what was expected and does not repeat values that came in, which may be large.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
+from everlong.service.keys import Keys
 from everlong.service.metrics import Metrics
 from everlong.service.shard import BehindError, FullError
 
@@ -69,6 +71,35 @@ class Bounded:
         await self.app(scope, counted, send)
 
 
+class Guarded:
+    """Refuses before a body is read: unknown keys, and without keys the pages of others."""
+
+    def __init__(self, app: Asgi, keys: Keys) -> None:
+        self.app, self.keys = app, keys
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            headers = dict(scope["headers"])
+            if len(self.keys):
+                if self.keys.allow(secret_of(headers), "read") is None:
+                    told = "expected a key: Authorization: Bearer ..."
+                    answer = refusal(401, told, {"WWW-Authenticate": "Bearer"})
+                    await answer(scope, receive, send)
+                    return
+            elif (origin := headers.get(b"origin")) is not None:
+                host = headers.get(b"host", b"").decode("latin-1")
+                if urlsplit(origin.decode("latin-1")).netloc != host:
+                    await refusal(403, "a page from elsewhere may not ask")(scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
+
+
+def secret_of(headers: Mapping[bytes, bytes]) -> str | None:
+    """The key that comes with a request."""
+    scheme, _, secret = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else None
+
+
 def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
     """An answer that says what was wrong."""
     # ASCII, because texts that came in may hold what UTF-8 cannot
@@ -79,11 +110,14 @@ def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) 
 def faults(error: ValidationError | RequestValidationError) -> str:
     """What is wrong with a message, without what was in it."""
     found = error.errors()
-    told = [
-        f"{'.'.join(str(part)[:64] for part in fault['loc'])}: {fault['msg']}"
-        for fault in found[:MAX_FAULTS]
-    ]
+    told = [f"{_place(fault)}: {fault['msg']}" for fault in found[:MAX_FAULTS]]
     return "; ".join(told + [f"and {len(found) - MAX_FAULTS} more"] * (len(found) > MAX_FAULTS))
+
+
+def _place(fault: Mapping[str, Any]) -> str:
+    """Where a fault is; the name of a field that nobody knows is not told."""
+    parts = fault["loc"][: -1 if fault["type"] == "extra_forbidden" else None]
+    return ".".join(str(part)[:64] for part in parts)
 
 
 REFUSED = (ValidationError, RequestValidationError, HTTPException, FullError, BehindError)
@@ -141,14 +175,14 @@ class Hot:
         await response(scope, receive, send)
 
     async def _answer(self, route: HotRoute, headers: Mapping[bytes, bytes], receive: Any) -> Any:
-        scheme, _, secret = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-        route.check(secret.strip() if scheme.lower() == "bearer" else None)
-        # a form of a foreign page cannot say this
-        if b"json" not in headers.get(b"content-type", b""):
+        route.check(secret_of(headers))
+        # what a foreign page may send unasked cannot have this type
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind != b"application/json":
             raise HTTPException(422, "expected content-type: application/json")
-        body, more = b"", True
+        body, more = bytearray(), True
         while more:
             part = await receive()
-            body += part.get("body", b"")
+            body.extend(part.get("body", b""))
             more = part.get("more_body", False)
-        return await route.answer(route.message.model_validate_json(body))
+        return await route.answer(route.message.model_validate_json(bytes(body)))

@@ -5,8 +5,8 @@ known. ``append`` returns once the events are on disk (WAL, ``synchronous=FULL``
 returned survives a kill and a power cut. The states of users are kept in the same file as a cache
 of the log, so that what is erased is erased together and what is copied fits together.
 
-Every row has a checksum and is checked whenever it is read; their sum is kept beside them, so that
-a row that was lost or added by anybody else is found by ``verify``.
+Every row has a checksum, which is checked whenever the row is read; their sum is kept beside them,
+so that a row that was lost or added by anybody else is found by ``verify``.
 
 What ``append`` has refused is not in the log. One thing is in doubt: if the disk fails while a
 group is made durable and the process dies before the next, the group may be there on the next
@@ -56,7 +56,7 @@ CREATE TABLE states (
     model TEXT NOT NULL,
     user_id NOT NULL,
     record BLOB NOT NULL,
-    PRIMARY KEY (model, user_id)
+    PRIMARY KEY (user_id, model)
 );
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
@@ -272,6 +272,14 @@ class LogReader:
         """The last events of a user, newest first."""
         return self._events("user_id=? ORDER BY offset DESC LIMIT ?", (user_id, count))
 
+    def seen(self, user_id: Id) -> list[Id]:
+        """The items of a user's events, from the index alone: ``verify`` is what checks that."""
+        with self._told("read"):
+            rows = self.connection.execute(
+                "SELECT DISTINCT item_id FROM events WHERE user_id=?", (user_id,)
+            )
+            return [row[0] for row in rows]
+
     def _events(self, which: str, values: tuple[Id, ...]) -> list[Stored]:
         with self._told("read"):
             # what is put into the statement is from this class
@@ -333,7 +341,8 @@ class EventLog(LogReader):
     """The log of a shard as its one writer has it.
 
     Args:
-        path: the file; made where there is none.
+        path: the file.
+        new: whether it is made where there is none; else that is damage.
         connect: opens it, without transactions of its own.
 
     Raises:
@@ -342,21 +351,27 @@ class EventLog(LogReader):
     """
 
     def __init__(
-        self, path: Path, *, connect: Callable[[Path], sqlite3.Connection] = _connect
+        self,
+        path: Path,
+        *,
+        new: bool = True,
+        connect: Callable[[Path], sqlite3.Connection] = _connect,
     ) -> None:
         self.path = path
+        # what a kill or a refused emptying may have left of those who were erased
+        self._traces = True
         make_folder(path.parent)
         with self._told("opened"):
             self.connection = connect(path)
         try:
             with self._told("opened"):
-                self._prepare()
+                self._prepare(new)
         except BaseException:
             self.close()
             raise
         self._begin()
 
-    def _prepare(self) -> None:
+    def _prepare(self, new: bool) -> None:
         run = self.connection.execute
         run(f"PRAGMA page_size={PAGE}")
         # what is erased is overwritten, not only let go
@@ -368,6 +383,10 @@ class EventLog(LogReader):
         run("PRAGMA cache_size=-65536")
         run(f"PRAGMA busy_timeout={BUSY_MS}")
         if not run("SELECT 1 FROM sqlite_master").fetchone():
+            if not new:
+                raise DamagedError(
+                    f"{self.path} is empty or missing, and was not; restore it from a copy"
+                )
             with self.transaction():
                 for statement in STATEMENTS:
                     run(statement)
@@ -416,6 +435,10 @@ class EventLog(LogReader):
             "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value=excluded.value",
             (name, value + _checksum(name, value)),
         )
+
+    def drop_fact(self, name: str) -> None:
+        """Takes a value by name away, if it is there."""
+        self.connection.execute("DELETE FROM facts WHERE name=?", (name,))
 
     def append(self, events: Sequence[Event]) -> list[Receipt]:
         """Writes events in order and returns when they are on disk.
@@ -466,6 +489,7 @@ class EventLog(LogReader):
                 run("INSERT INTO erased VALUES (?)", (key,))
             run("DELETE FROM events WHERE user_id=?", (user_id,))
             run("DELETE FROM states WHERE user_id=?", (user_id,))
+        self._traces = True
         self.checkpoint()
         return len(rows)
 
@@ -475,17 +499,27 @@ class EventLog(LogReader):
         Returns:
             False if it could not: somebody reads, or the disk refuses. Nothing is lost by that.
         """
-        return self._checkpoint("TRUNCATE")
+        done = self._checkpoint("TRUNCATE")
+        self._traces = self._traces and not done
+        return done
 
     def wrap(self) -> bool:
-        """The same, but the next events overwrite it: what need not grow is written faster."""
-        return self._checkpoint("RESTART")
+        """The same, but the next events overwrite it: what need not grow is written faster.
+
+        It is emptied all the same if there may be something in it of a user who was erased. Nobody
+        is waited for.
+        """
+        self.connection.execute("PRAGMA busy_timeout=0")
+        try:
+            return self.checkpoint() if self._traces else self._checkpoint("RESTART")
+        finally:
+            self.connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 
     def _checkpoint(self, how: str) -> bool:
         try:
             with self._told("written"):
                 answer = self.connection.execute(f"PRAGMA wal_checkpoint({how})").fetchone()
-        except OSError as error:
+        except (OSError, DamagedError) as error:
             log.warning("the write-ahead log cannot be emptied: %s", error)
             return False
         return bool(answer[0] == 0)

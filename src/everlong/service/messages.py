@@ -174,7 +174,7 @@ class ModelOut(Message):
 class UnavailableIn(Message):
     """Items that are not to be recommended."""
 
-    item_ids: Annotated[list[Id], Field(max_length=MAX_UNAVAILABLE)]
+    item_ids: Annotated[list[Id], Field(max_length=MAX_UNAVAILABLE, examples=[["tea"]])]
 
 
 class UnavailableOut(Message):

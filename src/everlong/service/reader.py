@@ -7,7 +7,6 @@ model that is live answer for all of them.
 from __future__ import annotations
 
 import queue
-import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from everlong.service.deployment import Deployment, Listed, Wanted
-from everlong.service.log import Id
+from everlong.service.log import Id, LogReader
 from everlong.service.shard import FullError
 from everlong.state import State
 
@@ -51,7 +50,7 @@ class Reader:
     ) -> None:
         self._live, self._path_of, self.capacity = live, path_of, capacity
         self._queue: queue.Queue[Asked | None] = queue.Queue()
-        self._logs: dict[Path, sqlite3.Connection] = {}
+        self._logs: dict[Path, LogReader] = {}
         self._thread = threading.Thread(target=self._answer, name="reader")
         self._thread.start()
 
@@ -79,7 +78,8 @@ class Reader:
 
     def close(self) -> None:
         """Answers what waits and stops."""
-        self._queue.put(None)
+        if self._thread.is_alive():
+            self._queue.put(None)
         self._thread.join()
 
     def _answer(self) -> None:
@@ -90,8 +90,8 @@ class Reader:
             group = [asked for asked in group if asked.done.set_running_or_notify_cancel()]
             if group:
                 self._serve(group)
-        for connection in self._logs.values():
-            connection.close()
+        for log in self._logs.values():
+            log.close()
 
     def _next_group(self) -> tuple[list[Asked], bool]:
         asked = self._queue.get()
@@ -130,8 +130,5 @@ class Reader:
             return []
         path = self._path_of(asked.user_id)
         if path not in self._logs:
-            self._logs[path] = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        rows = self._logs[path].execute(
-            "SELECT DISTINCT item_id FROM events WHERE user_id=?", (asked.user_id,)
-        )
-        return [row[0] for row in rows]
+            self._logs[path] = LogReader(path)
+        return self._logs[path].seen(asked.user_id)

@@ -6,6 +6,7 @@ import gc
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +21,16 @@ import torch
 from everlong.service.deployment import Deployment
 from everlong.service.keys import Keys
 from everlong.service.service import Service
+from everlong.service.shard import Shard
 
 log = logging.getLogger(__name__)
 
 DRAIN_S = 20
 """How long requests in flight may take once the service is to end."""
+
+MAX_CONNECTIONS = 1_000
+MAX_WAITING = 1 << 30
+"""Bytes of a write-ahead log up to which the log is read as a whole beside the writer."""
 
 DAMAGED = 3
 """Exit code of ``everlong verify`` for a log that is not what was written."""
@@ -79,24 +85,34 @@ def run_service(
     deployment = Deployment.read(model)
     with socket.create_server((host, port), family=family_of(host)) as listener:
         service = Service(data_dir, deployment, shards=shards)
-        app = make_app(service, known)
-        config = uvicorn.Config(
-            app,
-            access_log=False,
-            log_level="warning",
-            lifespan="on",
-            timeout_graceful_shutdown=DRAIN_S,
-            timeout_keep_alive=30,
-            server_header=False,
-        )
-        bound = listener.getsockname()
-        say(f"serving {service.live.recommender.origin.model} on http://{bound[0]}:{bound[1]}")
-        say(f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}")
-        # what is there now stays: the collector need not look at it again and again
-        gc.collect()
-        gc.freeze()
-        with _verified(service) if verify else nullcontext():
-            _server(uvicorn.Server, config, service, drain).run(sockets=[listener])
+        try:
+            app = make_app(service, known)
+            config = uvicorn.Config(
+                app,
+                access_log=False,
+                log_level="warning",
+                lifespan="on",
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=DRAIN_S,
+                timeout_keep_alive=30,
+                server_header=False,
+            )
+            bound = listener.getsockname()
+            name = service.live.recommender.origin.model
+            say(f"serving {name} on http://{bound[0]}:{bound[1]}")
+            say(
+                f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}"
+            )
+            # what is there now stays: the collector need not look at it again and again
+            gc.collect()
+            gc.freeze()
+            # the server raises the signal again that ended it; all is done by then
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            with _verified(service) if verify else nullcontext():
+                _server(uvicorn.Server, config, service, drain).run(sockets=[listener])
+        finally:
+            # also where the application never came to its end
+            service.close()
 
 
 def _server(kind: Any, config: Any, service: Service, drain: float) -> Any:
@@ -121,24 +137,39 @@ def _verified(service: Service) -> Iterator[None]:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     # it takes what time the service leaves
-    with suppress(OSError, AttributeError):
-        os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
-
-    def wait() -> None:
-        told = process.communicate()[1].decode(errors="replace").strip()
-        if process.returncode == DAMAGED:
-            log.error("the log is damaged: %s", told)
-            service.damage = "the log is damaged: see what `everlong verify` says"
-        elif process.returncode > 0:
-            log.warning("the log could not be verified: %s", told)
-
-    waiting = threading.Thread(target=wait, name="verify")
-    waiting.start()
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+    watching = threading.Thread(target=_watch, args=[process, service], name="verify")
+    watching.start()
     try:
         yield
     finally:
         process.terminate()
-        waiting.join()
+        watching.join()
+
+
+def _watch(process: subprocess.Popen[bytes], service: Service) -> None:
+    told = b""
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            told = process.communicate(timeout=1.0)[1]
+        # while somebody reads all of a log, what is written cannot be moved into the file
+        if any(waiting > MAX_WAITING for waiting in map(_waiting, service.shards)):
+            process.terminate()
+            log.warning("verification was given up, too much was written: verify a copy")
+    if process.returncode == DAMAGED:
+        log.error("the log is damaged: %s", told.decode(errors="replace").strip())
+        service.damage = "the log is damaged: see what `everlong verify` says"
+    elif process.returncode > 0:
+        log.warning("the log could not be verified: %s", told.decode(errors="replace").strip())
+
+
+def _waiting(shard: Shard) -> int:
+    """Bytes of a shard's write-ahead log."""
+    path = shard.log.path
+    with suppress(OSError):
+        return path.with_name(f"{path.name}-wal").stat().st_size
+    return 0
 
 
 def is_loopback(host: str) -> bool:

@@ -81,17 +81,24 @@ class Service:
         make_folder(folder)
         self._lock = _locked(folder / LOCK)
         self.shards: list[Shard] = []
-        self._switching = threading.Lock()
-        self._previous: Served | None = None
+        # one model at a time; and, for a moment, what service.json says
+        self._switching, self._settling = threading.Lock(), threading.Lock()
+        self.draining = False
+        self.damage: str | None = None
         try:
-            about = self._about() or {"shards": shards}
+            known = self._about()
+            about = known or {"shards": shards}
             for number in range(about["shards"]):
                 path = folder / f"shard-{number:04d}.sqlite"
-                self.shards.append(Shard(path, capacity=capacity))
+                self.shards.append(Shard(path, new=known is None, capacity=capacity))
+            if known is None:
+                self._check_empty()
             self._asked, self.hidden = deployment.name, list[Id](about.get("hidden", ()))
-            self.draining = False
-            self.damage: str | None = None
-            self._start(deployment, about)
+            self._served, self._previous = self._started(deployment, about)
+            self._settle(self._served, self._previous, self.hidden)
+            names = {one.deployment.name for one in (self._served, self._previous) if one}
+            for shard in self.shards:
+                shard.keep_records_of(names)
             self.reader = Reader(self._live_states, lambda user: self._shard(user).log.path)
         except BaseException:
             for shard in self.shards:
@@ -99,18 +106,31 @@ class Service:
             self._lock.close()
             raise
 
-    def _start(self, deployment: Deployment, about: Mapping[str, Any]) -> None:
-        live = about.get("live")
-        if about.get("asked") == deployment.name and live and live["digest"] != deployment.name:
-            deployment = _stored(live) or deployment
-        self._served = self._bring_up(deployment)
-        before = about.get("previous")
+    def _check_empty(self) -> None:
+        """Without service.json there are no events: nobody would know which shard has whom."""
+        files = len(list(self.folder.glob("shard-*.sqlite")))
+        if files > len(self.shards) or any(shard.log.total.last for shard in self.shards):
+            raise DamagedError(f"{self.folder} has logs but no {ABOUT}; restore it from a copy")
+
+    def _started(
+        self, deployment: Deployment, about: Mapping[str, Any]
+    ) -> tuple[Served, Served | None]:
+        """What is live and what was before, with their states."""
+        live, before = about.get("live"), about.get("previous")
+        if live and about["asked"] == deployment.name and live["digest"] != deployment.name:
+            found = _stored(live)
+            if found is None:
+                raise ValueError(
+                    f"the live model was read from {live['folder']}, which does not hold it now: "
+                    "put it back, or ask for another model"
+                )
+            deployment = found
+        elif live and live["digest"] != deployment.name:
+            before = live
+        served = self._bring_up(deployment)
         if before and before["digest"] != deployment.name and (found := _stored(before)):
-            self._previous = self._bring_up(found)
-        self._write_about()
-        names = {one.deployment.name for one in (self._served, self._previous) if one}
-        for shard in self.shards:
-            shard.keep_records_of(names)
+            return served, self._bring_up(found)
+        return served, None
 
     def trouble(self) -> str | None:
         """Why requests should not come; None while they may."""
@@ -135,7 +155,8 @@ class Service:
         return None if self._previous is None else self._previous.deployment
 
     def close(self) -> None:
-        """Answers what waits, writes all states, and stops."""
+        """Answers what waits, writes all states, and stops; a second time nothing is left to do."""
+        self.draining = True
         self.reader.close()
         for shard in self.shards:
             shard.close()
@@ -252,19 +273,20 @@ class Service:
         """
         with self._switching:
             self._check_kinds(deployment)
-            if deployment.name == self.live.name:
-                deployment.hide(self.hidden)
-                self._served = self._served._replace(deployment=deployment)
-                self._write_about()
+            live, previous = self._served, self._previous
+            if deployment.name == live.deployment.name:
+                deployment.catalogue = live.deployment.catalogue
+                self._settle(live._replace(deployment=deployment), previous, None)
                 return
-            if self._previous is not None and self._previous.deployment.name != deployment.name:
-                gone, self._previous = self._previous, None
-                self._write_about()
-                for shard, arena in zip(self.shards, gone.arenas, strict=True):
+            if previous is not None and previous.deployment.name == deployment.name:
+                deployment.catalogue = previous.deployment.catalogue
+                self._settle(previous._replace(deployment=deployment), live, None)
+                return
+            if previous is not None:
+                self._settle(live, None, None)
+                for shard, arena in zip(self.shards, previous.arenas, strict=True):
                     shard.drop(arena)
-            coming = self._previous or self._bring_up(deployment, since)
-            self._served, self._previous = coming, self._served
-            self._write_about()
+            self._settle(self._bring_up(deployment, since), live, None)
 
     def roll_back(self) -> Deployment:
         """Makes the model live again that was live before the last switch.
@@ -277,18 +299,35 @@ class Service:
                 raise ValueError(
                     "expected a model that was live before, received none; switch once"
                 )
-            self._served, self._previous = self._previous, self._served
-            self._write_about()
+            self._settle(self._previous, self._served, None)
             return self.live
 
     def hide(self, item_ids: Sequence[Id]) -> None:
         """Keeps items out of every list of every model, from now on and after a restart."""
-        with self._switching:
-            self.hidden = list(dict.fromkeys(item_ids))
-            for served in (self._served, self._previous):
+        self._settle(None, None, list(dict.fromkeys(item_ids)))
+
+    def _settle(
+        self, live: Served | None, previous: Served | None, hidden: list[Id] | None
+    ) -> None:
+        """Changes what is live, or what is hidden, on the disk first: what fails has not happened.
+
+        Args:
+            live: with ``previous``; None to leave both.
+            previous: what is rolled back to.
+            hidden: None to leave it.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        with self._settling:
+            if live is None:
+                live, previous = self._served, self._previous
+            hidden = self.hidden if hidden is None else hidden
+            self._write_about(live, previous, hidden)
+            for served in (live, previous):
                 if served is not None:
-                    served.deployment.hide(self.hidden)
-            self._write_about()
+                    served.deployment.hide(hidden)
+            self._served, self._previous, self.hidden = live, previous, hidden
 
     def _bring_up(self, deployment: Deployment, since: int | None = None) -> Served:
         self._check_kinds(deployment)
@@ -301,7 +340,7 @@ class Service:
                 shard.drop(arena)
             raise
         deployment.prepare(arenas[0].read(arenas[0].some_users(QUERIES)))
-        deployment.hide(self.hidden)
+        deployment.warm_up()
         return Served(deployment, arenas)
 
     def _check_kinds(self, deployment: Deployment) -> None:
@@ -337,14 +376,16 @@ class Service:
             ) from error
         return about
 
-    def _write_about(self) -> None:
+    def _write_about(self, live: Served, previous: Served | None, hidden: list[Id]) -> None:
+        if self._lock.closed:
+            raise OSError("the service has ended; another process may have its folder")
         about = {
             "version": VERSION,
             "shards": len(self.shards),
             "asked": self._asked,
-            "live": _named(self.live),
-            "previous": None if self.previous is None else _named(self.previous),
-            "hidden": self.hidden,
+            "live": _named(live.deployment),
+            "previous": None if previous is None else _named(previous.deployment),
+            "hidden": hidden,
         }
         write_bytes(self.folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
 
@@ -361,7 +402,8 @@ def _stored(model: Mapping[str, str]) -> Deployment | None:
     """A model that was served before; None if its folder does not hold it any more."""
     try:
         found = Deployment.read(model["folder"])
-    except (ValueError, OSError) as error:
+    # a folder may hold anything
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         log.warning("the model in %s cannot be served again: %s", model["folder"], error)
         return None
     if found.name != model["digest"]:

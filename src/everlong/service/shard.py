@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +44,9 @@ many after a time without any."""
 
 RECORDS = 8_192
 """States that are read at once on start."""
+
+DELETED = 512
+"""Rows of states that are looked at by one deletion."""
 
 NEAR = 8_192
 """An arena that lacks fewer events is brought up to the log by the writer itself."""
@@ -82,6 +86,7 @@ class Shard:
 
     Args:
         path: the log.
+        new: whether it is made where there is none.
         capacity: most events that wait.
 
     Raises:
@@ -89,8 +94,8 @@ class Shard:
         OSError: if it cannot be opened.
     """
 
-    def __init__(self, path: Path, *, capacity: int = 10_000) -> None:
-        self.log, self.capacity = EventLog(path), capacity
+    def __init__(self, path: Path, *, new: bool = True, capacity: int = 10_000) -> None:
+        self.log, self.capacity = EventLog(path, new=new), capacity
         self.arenas: dict[str, Arena] = {}
         self.applied = Applied()
         self.repeated = 0
@@ -103,6 +108,7 @@ class Shard:
         self._written: dict[str, int] = {}
         # users who were erased while an arena, by its name, was being filled
         self._erased_since: dict[str, set[Id]] = {}
+        self._ended = False
         self._flushing, self._closing = threading.Lock(), threading.Event()
         self._threads = [
             threading.Thread(target=act, name=f"{name} {path.name}")
@@ -124,10 +130,9 @@ class Shard:
                 raise FullError(
                     f"{self._waiting} events wait already, at most {self.capacity} may; try again"
                 )
+            done = self._queued(Work(events, None, Future()))
             self._waiting += len(events)
-        work = Work(events, None, Future())
-        self._queue.put(work)
-        return work.done
+        return done
 
     def erase(self, user_id: Id) -> Future[int]:
         """Queues the erasure of a user; the future holds how many events there were."""
@@ -163,10 +168,37 @@ class Shard:
     def drop(self, arena: Arena) -> None:
         """Lets an arena go, and its records."""
         self._do(lambda: self._drop(arena)).result()
+        self._delete_records({arena.name})
 
     def keep_records_of(self, names: Collection[str]) -> None:
         """Deletes the records of all models but some."""
-        self._do(lambda: self._keep_records_of(names)).result()
+        with closing(LogReader(self.log.path)) as beside:
+            there = beside.connection.execute("SELECT DISTINCT model FROM states").fetchall()
+        self._delete_records({name for (name,) in there} - set(names))
+
+    def _delete_records(self, names: Collection[str]) -> None:
+        """Little by little: events do not wait for gigabytes to be overwritten."""
+        for name in names:
+            self._do(partial(self._forget_model, name)).result()
+            first, last = 0, 0
+            while first <= last:
+                last = self._do(partial(self._delete_some, name, first)).result()
+                first += DELETED
+
+    def _forget_model(self, name: str) -> None:
+        with self.log.transaction():
+            for fact in (_WATERMARK + name, _INCOMPLETE + name):
+                self.log.drop_fact(fact)
+
+    def _delete_some(self, name: str, first: int) -> int:
+        """Deletes the records of a model among some rows; returns the last row that there is."""
+        run = self.log.connection.execute
+        with self.log.transaction():
+            run(
+                "DELETE FROM states WHERE rowid BETWEEN ? AND ? AND model=?",
+                (first, first + DELETED - 1, name),
+            )
+        return int(run("SELECT COALESCE(MAX(rowid), 0) FROM states").fetchone()[0])
 
     def warm(self, user_ids: Sequence[Id]) -> None:
         """Builds the states of users who are in the log but not in an arena."""
@@ -184,16 +216,22 @@ class Shard:
 
     def close(self) -> None:
         """Writes what waits, then all states, and stops."""
-        self._closing.set()
-        self._queue.put(None)
+        if not self._closing.is_set():
+            self._closing.set()
+            self._queue.put(None)
         for thread in self._threads:
             thread.join()
         self.log.close()
 
     def _do(self, act: Callable[[], T]) -> Future[T]:
-        done: Future[T] = Future()
-        self._queue.put(Work((), act, done))
-        return done
+        with self._count:
+            return self._queued(Work((), act, Future()))
+
+    def _queued(self, work: Work) -> Future[Any]:
+        if self._ended:
+            raise OSError("the service is ending; try again")
+        self._queue.put(work)
+        return work.done
 
     # what the writer does with arenas
 
@@ -223,8 +261,11 @@ class Shard:
     def _add(self, arena: Arena) -> None:
         # those who were erased meanwhile; they may have come back since
         rebuild(self.log, arena, self._erased_since.pop(arena.name, ()))
-        if not arena.complete:
-            self.log.put_fact(_INCOMPLETE + arena.name, b"1")
+        with self.log.transaction():
+            if arena.complete:
+                self.log.drop_fact(_INCOMPLETE + arena.name)
+            else:
+                self.log.put_fact(_INCOMPLETE + arena.name, b"1")
         self._bring(arena)
         if arena.complete and arena.num_events != self.log.total.events:
             log.warning("the states of %s do not follow from the log: read anew", arena.name)
@@ -236,19 +277,6 @@ class Shard:
         self.arenas.pop(arena.name, None)
         self._pending = [one for one in self._pending if one.arena is not arena]
         self._written.pop(arena.name, None)
-        self._delete_records_of({arena.name})
-
-    def _keep_records_of(self, names: Collection[str]) -> None:
-        rows = self.log.connection.execute("SELECT DISTINCT model FROM states").fetchall()
-        self._delete_records_of({name for (name,) in rows} - set(names))
-
-    def _delete_records_of(self, names: Collection[str]) -> None:
-        run = self.log.connection.execute
-        with self.log.transaction():
-            for name in names:
-                run("DELETE FROM states WHERE model=?", (name,))
-                for fact in (_WATERMARK + name, _INCOMPLETE + name):
-                    run("DELETE FROM facts WHERE name=?", (fact,))
 
     def _warm(self, user_ids: Sequence[Id]) -> None:
         for arena in self.arenas.values():
@@ -273,15 +301,41 @@ class Shard:
                 self._try_to_write()
             self._checkpoint_some()
         self._finish()
+        self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
+        """Nobody waits for ever: what was queued after the end is told so, and no more is."""
+        with self._count:
+            self._ended = True
+        while not self._queue.empty():
+            work = self._queue.get()
+            if work is not None and work.done.set_running_or_notify_cancel():
+                work.done.set_exception(OSError("the service is ending; try again"))
 
     def _try_to_write(self) -> None:
         """Finds out whether the disk takes something again: nobody sends to who is not ready."""
         try:
+            self._settle()
             with self.log.transaction():
                 self.log.put_fact("tried", b"")
-        except OSError:
+            for arena in self.arenas.values():
+                self._bring(arena)
+        except Exception as error:
+            log.warning("%s cannot be used yet: %s", self.log.path, error)
             return
         self.writable = True
+
+    def _settle(self) -> None:
+        """After the disk has refused: nothing is acknowledged that stands behind what it refused.
+
+        What was written without waiting for the disk may have been lost then; so all that is good
+        is moved into the file, and the write-ahead log begins anew.
+
+        Raises:
+            OSError: if that cannot be done yet.
+        """
+        if not self.writable and not self.log.checkpoint():
+            raise OSError(f"{self.log.path} cannot be written yet: it refused before; try again")
 
     def _next_group(self) -> tuple[list[Work], bool]:
         """What there is to do, gathered for a moment, and whether that is all for ever."""
@@ -331,6 +385,7 @@ class Shard:
     def _append(self, events: Sequence[Event]) -> list[Receipt]:
         if not events:
             return []
+        self._settle()
         receipts = self.log.append(events)
         self._written_at = time.monotonic()
         try:
@@ -364,8 +419,9 @@ class Shard:
             if now - self._last_checkpoint < CHECKPOINT_S:
                 return
             self._last_checkpoint = now
-            self._begin_checkpoint()
         try:
+            if not self._pending:
+                self._begin_checkpoint()
             self._checkpoint_slice()
         except Exception as error:
             # they follow from the log: events are taken all the same
@@ -396,13 +452,12 @@ class Shard:
 
         All at once would keep the disk from the writer for a tenth of a second.
         """
-        with closing(sqlite3.connect(self.log.path, check_same_thread=False)) as beside:
-            while not self._closing.wait(FLUSH_S):
-                try:
-                    with self._flushing:
-                        beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-                except sqlite3.Error as error:
-                    log.warning("the write-ahead log cannot be moved: %s", error)
+        while not self._closing.wait(FLUSH_S):
+            try:
+                with self._flushing, closing(sqlite3.connect(self.log.path)) as beside:
+                    beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            except sqlite3.Error as error:
+                log.warning("the write-ahead log cannot be moved: %s", error)
 
     def _wrap(self) -> None:
         """Has the write-ahead log begin anew, if nobody is at it; the next time will do."""
@@ -414,9 +469,9 @@ class Shard:
 
     def _write_states(self, arena: Arena, rows: np.ndarray, watermark: int | None) -> None:
         records, run = arena.records(rows), self.log.connection.execute
-        # a cache need not wait for the disk: it gets there with the events that follow, in order
-        run("PRAGMA synchronous=NORMAL")
         try:
+            # a cache need not wait for the disk: it gets there with events that follow, in order
+            run("PRAGMA synchronous=NORMAL")
             with self.log.transaction():
                 self.log.connection.executemany(
                     "INSERT INTO states VALUES (?,?,?) ON CONFLICT DO UPDATE "
