@@ -125,6 +125,32 @@ def test_bodies_are_bounded_whatever_they_say(client: TestClient) -> None:
     assert len(refused.content) < 4_000
 
 
+def test_pages_from_elsewhere_are_refused(client: TestClient) -> None:
+    body = json.dumps({"events": [event("a", 1)]}).encode()
+    elsewhere = {"origin": "https://elsewhere.example"}
+    for path, kind in (
+        ("/v1/events", "text/plain; x=json"),
+        ("/v1/events", "application/json"),
+        ("/v1/model/rollback", ""),
+    ):
+        headers = {**elsewhere, "content-type": kind}
+        assert client.post(path, content=body, headers=headers).status_code == 403
+    plain = {"content-type": "text/plain; x=json"}
+    assert client.post("/v1/events", content=body, headers=plain).status_code == 422
+    named = {"host": "elsewhere.example"}
+    assert client.get("/v1/model", headers=named).status_code == 400
+    own = {"origin": "http://localhost", "content-type": "application/json"}
+    assert client.post("/v1/events", content=body, headers=own).status_code == 200
+
+
+def test_a_key_is_asked_for_before_a_body_is_read(service: Service) -> None:
+    keys = Keys([Key(name="x", sha256="0" * 64, scopes=frozenset({"read"}))])
+
+    with TestClient(make_app(service, keys), base_url="http://localhost") as client:
+        for path in ("/v1/rank", "/v1/model", "/v1/events"):
+            assert client.post(path, content=b"[" * 1_000_000).status_code == 401
+
+
 def test_keys_and_scopes(service: Service, tmp_path: Path) -> None:
     def key(name: str, *scopes: str) -> dict[str, Any]:
         digest = hashlib.sha256(name.encode()).hexdigest()
