@@ -157,6 +157,8 @@ def log_folder(users: int, items: int, events: int) -> Path:
             group = []
     written.checkpoint()
     written.close()
+    about = {"version": 1, "shards": 1, "asked": "", "live": None, "previous": None, "hidden": []}
+    (making / "service.json").write_text(json.dumps(about))
     making.rename(folder)
     return folder
 

@@ -170,7 +170,9 @@ def test_coarse_scores_are_as_near_as_is_said(scale: float, users: int) -> None:
     scores = user.double() @ head.weight.double().T + head.bias.double()
     length = float(user.norm(dim=1).max() * head.weight.norm(dim=1).max())
     for row in range(users):
-        highest = catalogue._error.highest(coarse[row], user[row : row + 1])
+        highest = torch.from_numpy(
+            catalogue._error.highest(coarse[row].numpy(), user[row : row + 1].numpy())
+        )
         assert bool((highest >= scores[row]).all())
         # a bound that is far off would send every search the long way
         assert float((highest - scores[row]).max()) < 0.02 * length

@@ -58,6 +58,40 @@ def coarse_best(
 
 
 @njit(**_FLAGS)  # pragma: no cover - compiled
+def put_in_order(
+    weight: np.ndarray, bias: np.ndarray, users: np.ndarray, items: np.ndarray, scores: np.ndarray
+) -> None:
+    """Scores some items of each user, in float64, and puts them in order, in place.
+
+    Args:
+        weight: ``[I, D]``.
+        bias: ``[I]``.
+        users: ``[B, D]``.
+        items: ``[B, n]``, -1 for none; afterwards best first, the lower row first among equals.
+        scores: ``[B, n]``, where the scores go, rounded to float32; -inf for none.
+    """
+    for user in range(users.shape[0]):
+        own, named, found, count = users[user], items[user], scores[user], 0
+        for n in range(named.size):
+            item = named[n]
+            if item < 0:
+                continue
+            total = np.float64(bias[item])
+            for m in range(own.size):
+                total += np.float64(weight[item, m]) * np.float64(own[m])
+            score, place = np.float32(total), count
+            while place > 0 and (
+                found[place - 1] < score or (found[place - 1] == score and named[place - 1] > item)
+            ):
+                found[place], named[place] = found[place - 1], named[place - 1]
+                place -= 1
+            found[place], named[place] = score, item
+            count += 1
+        found[count:] = -np.inf
+        named[count:] = -1
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
 def coarse_above(
     table: np.ndarray,
     scales: np.ndarray,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from everlong.model import ItemHead
-from everlong.ops.coarse_scores import coarse_above, coarse_best
+from everlong.ops.coarse_scores import coarse_above, coarse_best, put_in_order
 from everlong.topk import NONE, top_k, top_k_items
 
 log = logging.getLogger(__name__)
@@ -148,32 +148,29 @@ class Catalogue:
         k = min(k, len(self))
         if len(user) == 0 or not self.coarse:
             return Best(*top_k_items(user, self.weight, self.bias, k, exclude=(rows, items)))
-        user = user.contiguous()
-        items, order = items.sort()
-        excluded, cuts = _by_user(rows[order], items, len(user))
+        # arrays from here on: for a user or two, calls of tensors would take longer than the search
+        users, weight, bias = user.contiguous().numpy(), self.weight.numpy(), self.bias.numpy()
+        excluded, cuts = _by_user(rows.numpy(), items.numpy(), len(users))
         keep = min(k + k // 2 + SPARE, len(self))
-        coarse = np.full((len(user), keep), -np.inf, dtype=np.float32)
-        named = np.full((len(user), keep), NONE)
-        coarse_best(
-            *(self._table, self._scales, self.bias.numpy(), user.numpy()),
-            *(excluded, cuts, coarse, named),
-        )
-        found = torch.from_numpy(named).sort(dim=1)[0]
-        scores = self.scores(user, found.clamp(min=0)).masked_fill(found == NONE, -torch.inf)
-        best = _in_order(scores, found, k)
+        coarse = np.full((len(users), keep), -np.inf, dtype=np.float32)
+        named = np.full((len(users), keep), NONE)
+        coarse_best(self._table, self._scales, bias, users, excluded, cuts, coarse, named)
+        scores = np.empty_like(coarse)
+        put_in_order(weight, bias, users, named, scores)
+        best = Best(torch.from_numpy(scores[:, :k]), torch.from_numpy(named[:, :k]))
         # nothing that was not scored can be as high as the k-th score, if that is above this
-        lowest = torch.from_numpy(coarse[:, -1])
-        limit = self._error.highest(lowest, user)
-        open_ = ~((best.scores[:, -1] > limit) | lowest.isneginf())
-        for row in open_.nonzero()[:, 0].tolist():
+        lowest = coarse[:, -1]
+        all_scored = np.isneginf(lowest)
+        limit = self._error.highest(np.where(all_scored, 0, lowest), users)
+        for row in np.flatnonzero(~(all_scored | (scores[:, k - 1] > limit))).tolist():
             own = excluded[cuts[row] : cuts[row + 1]]
-            again = self._best_above(user[row : row + 1], k, own, float(best.scores[row, -1]))
+            again = self._best_above(user[row : row + 1], k, own, float(scores[row, k - 1]))
             best.scores[row], best.items[row] = again.scores[0], again.items[0]
         return best
 
     def _best_above(self, user: Tensor, k: int, excluded: np.ndarray, floor: float) -> Best:
         """The best of one user, of whom the k-th best score is known to be ``floor`` or higher."""
-        far = float(self._error.highest(torch.zeros(1), user))
+        far = float(self._error.highest(np.zeros(1, np.float32), user.numpy())[0])
         found = np.empty(len(self), dtype=np.int64)
         count = coarse_above(
             *(self._table, self._scales, self.bias.numpy(), user[0].numpy(), excluded),
@@ -263,17 +260,17 @@ class _Error(NamedTuple):
         sums = (weight.shape[1] + 8) * 2.0**-23
         return cls(lost + sums * longest, 2.0**-21, sums * float(bias.abs().max()) + 1e-30)
 
-    def highest(self, coarse: Tensor, user: Tensor) -> Tensor:
+    def highest(self, coarse: np.ndarray, users: np.ndarray) -> np.ndarray:
         """Above the scores of items with coarse scores ``[B]``, or ``[n]`` of one user."""
-        far: Tensor = user.norm(dim=1) * (1.001 * self.by_length) + self.fixed
-        return far + coarse.abs() * self.by_score + coarse
+        far = np.sqrt((users * users).sum(axis=1)) * (1.001 * self.by_length) + self.fixed
+        limit: np.ndarray = far + np.abs(coarse) * self.by_score + coarse
+        return limit
 
 
-def _by_user(rows: Tensor, items: Tensor, users: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items of pairs, which rise, user by user, and where those of each user begin."""
-    rows, order = rows.sort(stable=True)
-    cuts = torch.searchsorted(rows, torch.arange(users + 1))
-    return items[order].numpy(), cuts.numpy()
+def _by_user(rows: np.ndarray, items: np.ndarray, users: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items of pairs user by user, rising, and where those of each user begin."""
+    order = np.lexsort((items, rows))
+    return items[order], np.searchsorted(rows[order], np.arange(users + 1))
 
 
 class Index:

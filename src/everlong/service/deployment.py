@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
@@ -183,7 +184,8 @@ class Deployment:
         if free:
             some = [wanted[row] for row in free]
             most = max(one.k for one in some)
-            best = catalogue.best(user[free], most, self._left_out(some))
+            mine = user if len(free) == len(user) else user[free]
+            best = catalogue.best(mine, most, self._left_out(some))
             found.update(zip(free, self._listed(some, *best), strict=True))
         for row, one in enumerate(wanted):
             if one.among is not None:
@@ -235,10 +237,9 @@ class Deployment:
 
     def _left_out(self, wanted: Sequence[Wanted]) -> Pairs:
         rows = [self._known(one.leave_out) for one in wanted]
-        owners = torch.arange(len(rows)).repeat_interleave(
-            torch.tensor([len(some) for some in rows])
-        )
-        return owners, torch.tensor([row for some in rows for row in some], dtype=torch.int64)
+        owners = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
+        items = np.array([row for some in rows for row in some], dtype=np.int64)
+        return torch.from_numpy(owners), torch.from_numpy(items)
 
     def _only(self, scores: Tensor, wanted: Sequence[Wanted]) -> Tensor:
         for row, one in enumerate(wanted):

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from everlong.service.arena import Applied, Arena
-from everlong.service.log import Event, EventLog, Id, LogReader, Receipt
+from everlong.service.log import Event, EventLog, Id, LogReader, Receipt, Slice, Stored
 from everlong.service.replay import backfill, read_on, rebuild
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,8 @@ class Shard:
 
     def __init__(self, path: Path, *, new: bool = True, capacity: int = 10_000) -> None:
         self.log, self.capacity = EventLog(path, new=new), capacity
+        # what a kill has left, also of those who were erased
+        self.log.checkpoint()
         self.arenas: dict[str, Arena] = {}
         self.applied = Applied()
         self.repeated = 0
@@ -386,11 +388,12 @@ class Shard:
         if not events:
             return []
         self._settle()
+        before = self.log.total.last
         receipts = self.log.append(events)
         self._written_at = time.monotonic()
         try:
-            # from where each stands: a group that could not be applied is not passed over
-            applied = [self._bring(arena) for arena in self.arenas.values()]
+            fresh = self._fresh(events, receipts)
+            applied = [self._advance(arena, before, fresh) for arena in self.arenas.values()]
         except Exception as error:
             log.exception("events are in the log but not in the states")
             raise BehindError(
@@ -401,6 +404,21 @@ class Shard:
         self.applied = self.applied.plus(*applied[:1])
         self.repeated += sum(not receipt.new for receipt in receipts)
         return receipts
+
+    def _fresh(self, events: Sequence[Event], receipts: Sequence[Receipt]) -> Slice:
+        """What is new in the log, as it would be read from there."""
+        new = [(one, to) for one, to in zip(events, receipts, strict=True) if to.new]
+        return Slice.of(
+            [Stored(to.offset, self.log.key_of(one.event_id), *one[1:]) for one, to in new]
+        )
+
+    def _advance(self, arena: Arena, before: int, fresh: Slice) -> Applied:
+        if arena.offset != before or not arena.complete:
+            # from where it stands: a group that could not be applied is not passed over
+            return self._bring(arena)
+        applied = arena.apply(fresh)
+        arena.offset = self.log.total.last
+        return applied
 
     def _erase(self, user_id: Id) -> int:
         # nothing of the user stays in the write-ahead log
