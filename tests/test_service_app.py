@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,37 @@ def test_a_key_is_asked_for_before_a_body_is_read(service: Service) -> None:
     with TestClient(make_app(service, keys), base_url="http://localhost") as client:
         for path in ("/v1/rank", "/v1/model", "/v1/events"):
             assert client.post(path, content=b"[" * 1_000_000).status_code == 401
+
+
+def test_too_many_requests_at_once_are_told_to_come_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("everlong.service.app.MAX_AT_ONCE", 4)
+    go = threading.Event()
+    service.shards[0].erase = lambda user: held  # type: ignore[method-assign]
+    service.shards[1].erase = service.shards[0].erase  # type: ignore[method-assign]
+    held: Future[int] = Future()
+    with TestClient(make_app(service), base_url="http://localhost") as client:
+        statuses: list[int] = []
+
+        def ask() -> None:
+            answer = client.delete("/v1/users/a")
+            statuses.append(answer.status_code)
+            if answer.status_code == 503:
+                assert answer.headers["retry-after"] == "1"
+                go.set()
+
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        assert go.wait(10)
+        # those for machines are answered all the same
+        assert client.get("/livez").status_code == 200
+        held.set_result(0)
+        for thread in threads:
+            thread.join()
+        assert sorted(statuses) == [200] * 4 + [503]
+        assert client.get("/v1/model").status_code == 200
 
 
 def test_keys_and_scopes(service: Service, tmp_path: Path) -> None:

@@ -21,7 +21,15 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from everlong import __version__
 from everlong.service.console import add_console
 from everlong.service.deployment import Deployment, Listed, Wanted
-from everlong.service.gate import Bounded, Counted, Guarded, Hot, HotRoute, refuse_in_one_form
+from everlong.service.gate import (
+    Bounded,
+    Counted,
+    Guarded,
+    Hot,
+    HotRoute,
+    Shedding,
+    refuse_in_one_form,
+)
 from everlong.service.keys import Keys, Scope
 from everlong.service.log import DamagedError, Event, Id
 from everlong.service.messages import (
@@ -50,6 +58,9 @@ from everlong.service.service import Placed, Service
 log = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 20
+MAX_AT_ONCE = 96
+"""Requests in work; more are told to come again."""
+
 LOCAL_HOSTS = ["localhost", "127.0.0.1", "::1", "[::1]"]
 ANSWER_S = 2.0
 """A request that takes longer is given up."""
@@ -92,6 +103,7 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
     app.add_middleware(Hot, routes=state.hot)
     app.add_middleware(Bounded, most=MAX_BODY)
     app.add_middleware(Guarded, keys=state.keys)
+    app.add_middleware(Shedding, most=MAX_AT_ONCE)
     app.add_middleware(Counted, metrics=state.metrics)
     if not len(state.keys):
         # without keys a page from elsewhere must not reach the service under a name of its own

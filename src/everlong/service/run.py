@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 DRAIN_S = 20
 """How long requests in flight may take once the service is to end."""
 
-MAX_CONNECTIONS = 1_000
+MAX_CONNECTIONS = 4_096
 MAX_WAITING = 1 << 30
 """Bytes of a write-ahead log up to which the log is read as a whole beside the writer."""
 
