@@ -58,7 +58,7 @@ from everlong.service.service import Placed, Service
 log = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 20
-MAX_AT_ONCE = 96
+MAX_AT_ONCE = 256
 """Requests in work; more are told to come again."""
 
 LOCAL_HOSTS = ["localhost", "127.0.0.1", "::1", "[::1]"]

@@ -54,7 +54,7 @@ class Counted:
 class Shedding:
     """Refuses at once what could not be answered in time: the rest then is.
 
-    Requests beyond what is answered in a twentieth of a second would only wait, and so would all
+    Requests beyond what is answered in a fifth of a second would only wait, and so would all
     that come after them.
     """
 
