@@ -492,6 +492,10 @@ class Watched(LRU):
         self.calls.append((events.num_users, self.training))
         return super().encode(events, state)
 
+    def advance(self, events: Batch, state: Any = None) -> Any:
+        self.calls.append((events.num_users, self.training))
+        return super().advance(events, state)
+
 
 def test_a_state_is_made_only_where_a_history_goes_on_and_without_dropout() -> None:
     model = Watched(lru().config)
