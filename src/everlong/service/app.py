@@ -29,6 +29,7 @@ from everlong.service.gate import (
     HotRoute,
     Shedding,
     refuse_in_one_form,
+    unknown_key,
 )
 from everlong.service.keys import Keys, Scope
 from everlong.service.log import DamagedError, Event, Id
@@ -144,9 +145,7 @@ class _State:
         """
         allowed = self.keys.allow(secret, scope)
         if allowed is None:
-            raise HTTPException(
-                401, "expected a key: Authorization: Bearer ...", {"WWW-Authenticate": "Bearer"}
-            )
+            raise unknown_key()
         if not allowed:
             raise HTTPException(403, f"this key may not do that: expected scope {scope}")
 

@@ -70,6 +70,7 @@ class Arena:
         """Whether every user of the log is here; else some are built when they are asked for."""
         with torch.no_grad():
             self._initial = states.detach(model.initial_state(1))
+        self._spec = states.spec(self._initial)
         self._rows: dict[Id, int] = {}
         self._free: list[int] = []
         self._ids: list[Id | None] = []
@@ -227,10 +228,9 @@ class Arena:
     def _write(self, rows: np.ndarray, new: State | None) -> None:
         if new is None:
             return
-        if states.spec(new) != states.spec(self._initial):
+        if states.spec(new) != self._spec:
             raise ValueError(
-                f"a state keeps its spec: expected {states.spec(self._initial)}, received "
-                f"{states.spec(new)}"
+                f"a state keeps its spec: expected {self._spec}, received {states.spec(new)}"
             )
         where = torch.from_numpy(rows)
         for stored, value in zip(self._states, new, strict=True):

@@ -113,9 +113,7 @@ class Guarded:
             headers = dict(scope["headers"])
             if len(self.keys):
                 if self.keys.allow(secret_of(headers), "read") is None:
-                    told = "expected a key: Authorization: Bearer ..."
-                    answer = refusal(401, told, {"WWW-Authenticate": "Bearer"})
-                    await answer(scope, receive, send)
+                    await refused(unknown_key())(scope, receive, send)
                     return
             elif (origin := headers.get(b"origin")) is not None:
                 host = headers.get(b"host", b"").decode("latin-1")
@@ -129,6 +127,12 @@ def secret_of(headers: Mapping[bytes, bytes]) -> str | None:
     """The key that comes with a request."""
     scheme, _, secret = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
     return secret.strip() if scheme.lower() == "bearer" else None
+
+
+def unknown_key() -> HTTPException:
+    """The error for who has no key, or none that is known."""
+    told = "expected a key: Authorization: Bearer ..."
+    return HTTPException(401, told, {"WWW-Authenticate": "Bearer"})
 
 
 def refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> Response:
