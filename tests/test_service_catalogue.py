@@ -99,9 +99,8 @@ def test_lists_are_those_of_the_definition(search: Any, coarse: bool, cut: bool)
     head, user, k, exclude, hidden = search
     with pytest.MonkeyPatch.context() as patch:
         if cut:
-            # many blocks of products, and no room to spare
+            # no room to spare
             patch.setattr(module, "SPARE", 1)
-            patch.setattr(module, "PRODUCTS", 8)
         agrees(head, user, k, coarse=coarse, exclude=exclude, hidden=hidden)
 
 

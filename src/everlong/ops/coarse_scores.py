@@ -58,6 +58,28 @@ def coarse_best(
 
 
 @njit(**_FLAGS)  # pragma: no cover - compiled
+def exact_scores(
+    weight: np.ndarray, bias: np.ndarray, users: np.ndarray, items: np.ndarray, scores: np.ndarray
+) -> None:
+    """Scores ``[B, n]`` of items ``[B, n]``; -inf for an item of -1."""
+    for user in range(users.shape[0]):
+        for n in range(items.shape[1]):
+            item = items[user, n]
+            scores[user, n] = -np.inf
+            if item >= 0:
+                scores[user, n] = _score(weight[item], bias[item], users[user])
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
+def _score(vector: np.ndarray, bias: np.float32, user: np.ndarray) -> np.float32:
+    """Summed in float64 and rounded once: what an item has does not depend on who else asks."""
+    total = np.float64(bias)
+    for m in range(user.size):
+        total += np.float64(vector[m]) * np.float64(user[m])
+    return np.float32(total)
+
+
+@njit(**_FLAGS)  # pragma: no cover - compiled
 def put_in_order(
     weight: np.ndarray, bias: np.ndarray, users: np.ndarray, items: np.ndarray, scores: np.ndarray
 ) -> None:
@@ -76,10 +98,7 @@ def put_in_order(
             item = named[n]
             if item < 0:
                 continue
-            total = np.float64(bias[item])
-            for m in range(own.size):
-                total += np.float64(weight[item, m]) * np.float64(own[m])
-            score, place = np.float32(total), count
+            score, place = _score(weight[item], bias[item], own), count
             while place > 0 and (
                 found[place - 1] < score or (found[place - 1] == score and named[place - 1] > item)
             ):

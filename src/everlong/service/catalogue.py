@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from everlong.model import ItemHead
-from everlong.ops.coarse_scores import coarse_above, coarse_best, put_in_order
+from everlong.ops.coarse_scores import coarse_above, coarse_best, exact_scores, put_in_order
 from everlong.topk import NONE, top_k, top_k_items
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,6 @@ COARSE_FROM = 50_000
 
 SPARE = 32
 """Items beyond one and a half times the places of a list that are scored after the coarse look."""
-
-PRODUCTS = 1 << 22
-"""Products in float64 that are held at once."""
 
 RECALL, RECALL_AT = 0.95, 100
 """An index has to find this share of the best so many items."""
@@ -97,13 +94,11 @@ class Catalogue:
         self.bias = bias
 
     def scores(self, user: Tensor, items: Tensor) -> Tensor:
-        """Scores ``[B, C]`` of items ``[B, C]``; -inf of those that are hidden."""
-        size = max(1, PRODUCTS // max(1, items.shape[1] * user.shape[1]))
-        parts = [
-            (self.weight[rows].double() * some.double()[:, None]).sum(-1) + self.bias[rows].double()
-            for some, rows in zip(torch.split(user, size), torch.split(items, size), strict=True)
-        ]
-        return torch.cat(parts).float() if parts else user.new_empty(items.shape)
+        """Scores ``[B, C]`` of items ``[B, C]``; -inf of those that are hidden, and of -1."""
+        users, rows = user.float().contiguous().numpy(), items.contiguous().numpy()
+        found = np.empty(rows.shape, dtype=np.float32)
+        exact_scores(self.weight.numpy(), self.bias.numpy(), users, rows, found)
+        return torch.from_numpy(found)
 
     def best(self, user: Tensor, k: int, exclude: Pairs | None = None) -> Best:
         """The ``min(k, I)`` best items of users ``[B, D]``, the lower row first among equals.
@@ -176,10 +171,8 @@ class Catalogue:
             *(self._table, self._scales, self.bias.numpy(), user[0].numpy(), excluded),
             *(far, self._error.by_score, floor, found),
         )
-        size = max(1, PRODUCTS // user.shape[1])
-        parts = torch.split(torch.from_numpy(found[:count]), size)
-        scores = torch.cat([self.scores(user, part[None]) for part in parts], dim=1)
-        return _in_order(scores, torch.cat(parts)[None], k)
+        rows = torch.from_numpy(found[:count])[None]
+        return _in_order(self.scores(user, rows), rows, k)
 
     # nearly
 
@@ -233,12 +226,12 @@ class Catalogue:
     ) -> Best:
         """The best of what the index names, which is ``more`` than what the list needs."""
         named = index.nearest(user, min(_named_for(k) + more, len(self))).sort(dim=1)[0]
-        scores = self.scores(user, named.clamp(min=0))
+        scores = self.scores(user, named)
         # one number for a user and an item
         out = torch.isin(
             named + torch.arange(len(user))[:, None] * len(self), rows * len(self) + items
         )
-        return _in_order(scores.masked_fill(out | (named == NONE), -torch.inf), named, k)
+        return _in_order(scores.masked_fill(out, -torch.inf), named, k)
 
 
 class _Error(NamedTuple):
