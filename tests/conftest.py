@@ -1,8 +1,13 @@
-"""One thread for all tests: tiny work is faster so, and much faster on a busy machine."""
+"""One thread for all tests: tiny work is faster so, and much faster on a busy machine.
+
+And two models that the tests of the service share, since to fit them takes seconds.
+"""
 
 import os
+from pathlib import Path
 
 import numba
+import pytest
 import torch
 
 # numba first: when its threads wake, they set the number of torch's threads to their own
@@ -10,3 +15,14 @@ numba.set_num_threads(1)
 torch.set_num_threads(1)
 # what tests start as processes of their own; numba refuses a change of its variable
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Folders of two models of one log, that differ in their seed; nobody writes to them."""
+    from service_models import fitted
+
+    folders = [tmp_path_factory.mktemp("models") / name for name in ("a", "b")]
+    for seed, folder in enumerate(folders):
+        fitted(seed).save(folder)
+    return folders

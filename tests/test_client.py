@@ -41,29 +41,16 @@ from everlong.service.deployment import Deployment
 from everlong.service.keys import Key, Keys
 from everlong.service.messages import MAX_EVENTS, EventIn
 from everlong.service.service import Service
-from test_service import ITEMS, fitted
+from service_models import ITEMS, event
 
 SECRET = "open sesame"
 SHA256 = hashlib.sha256(SECRET.encode()).hexdigest()
 
 
-def event(user: str, number: int, **more: Any) -> dict[str, Any]:
-    item = f"i{number % ITEMS:02d}"
-    return {"user_id": user, "item_id": item, "timestamp": 1_700_000_000 + number, **more}
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    found = [tmp_path_factory.mktemp("models") / name for name in ("a", "b")]
-    for seed, folder in enumerate(found):
-        fitted(seed).save(folder)
-    return found
-
-
-@pytest.fixture(scope="module")
-def url(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service on a real port that wants a key."""
-    service = Service(tmp_path_factory.mktemp("data"), Deployment.read(folders[0]), shards=2)
+    service = Service(tmp_path_factory.mktemp("data"), Deployment.read(models[0]), shards=2)
     key = Key(name="all", sha256=SHA256, scopes=frozenset({"ingest", "read", "admin"}))
     config = uvicorn.Config(make_app(service, Keys([key])), port=0, log_level="warning")
     server = uvicorn.Server(config)
@@ -160,7 +147,7 @@ def between(url: str, *acts: Any) -> Iterator[tuple[str, Between]]:
         thread.join()
 
 
-def test_everything_that_can_be_asked(client: Client, folders: list[Path]) -> None:
+def test_everything_that_can_be_asked(client: Client, models: list[Path]) -> None:
     assert client.ready()
     receipts = client.send(event("a", n, event_id=f"a{n}") for n in range(5))
     assert all(one.new for one in receipts)
@@ -179,7 +166,7 @@ def test_everything_that_can_be_asked(client: Client, folders: list[Path]) -> No
     assert client.recommend("a", k=1).items[0].item_id != "i05"
     assert client.hide([]) == []
     first = client.model()
-    second = client.switch(str(folders[1]))
+    second = client.switch(str(models[1]))
     assert second.previous == first.digest != second.digest
     assert client.roll_back().digest == first.digest
     assert client.erase("a") == 5
@@ -259,10 +246,10 @@ def test_a_slow_service_is_left_in_time(url: str) -> None:
         assert time.monotonic() - began < 3
 
 
-def test_a_rollback_is_not_done_twice(url: str, folders: list[Path]) -> None:
+def test_a_rollback_is_not_done_twice(url: str, models: list[Path]) -> None:
     with Client(url, key=SECRET) as client:
-        client.switch(str(folders[1]))
-        client.switch(str(folders[0]))
+        client.switch(str(models[1]))
+        client.switch(str(models[0]))
         live = client.model()
         with between(url, "lose") as (near, server), Client(near, key=SECRET) as other:
             with pytest.raises(UnreachableError, match="may have been done"):

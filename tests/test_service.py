@@ -13,48 +13,11 @@ import polars as pl
 import pytest
 import torch
 
-import everlong
 from everlong.batch import Batch
-from everlong.recommender import Recommender
 from everlong.service.deployment import Deployment, Wanted
 from everlong.service.log import DamagedError, Event
 from everlong.service.service import Service
-from everlong.split import PAPER
-
-ITEMS = 12
-
-
-def walk(users: int = 48, events: int = 7) -> pl.DataFrame:
-    """Users go round a circle of items, each from a place of their own."""
-    return pl.DataFrame(
-        [
-            {
-                "user_id": f"u{user}",
-                "item_id": f"i{(user + n) % ITEMS:02d}",
-                "timestamp": 1_700_000_000 + 60 * n + user,
-            }
-            for user in range(users)
-            for n in range(events)
-        ]
-    )
-
-
-def fitted(seed: int = 0) -> Recommender:
-    return everlong.fit(
-        walk(),
-        "lru",
-        architecture={"dim": 16, "channels": 16, "dropout": 0.0, "recurrence_dropout": 0.0},
-        training={"epochs": 25, "batch_events": 64, "lr": 0.02, "seed": seed},
-        protocol=PAPER.replace({"seen": "keep"}),
-    )
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folders = [tmp_path_factory.mktemp("models") / name for name in ("a", "b")]
-    for seed, folder in enumerate(folders):
-        fitted(seed).save(folder)
-    return folders
+from service_models import ITEMS, fitted
 
 
 @pytest.fixture

@@ -25,31 +25,18 @@ from everlong.service.deployment import Deployment
 from everlong.service.keys import Key, Keys
 from everlong.service.run import is_loopback, run_service
 from everlong.service.service import Service
-from test_service import ITEMS, fitted
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    found = [tmp_path_factory.mktemp("models") / name for name in ("a", "b")]
-    for seed, folder in enumerate(found):
-        fitted(seed).save(folder)
-    return found
+from service_models import ITEMS, event
 
 
 @pytest.fixture
-def service(tmp_path: Path, folders: list[Path]) -> Service:
-    return Service(tmp_path / "data", Deployment.read(folders[0]), shards=2)
+def service(tmp_path: Path, models: list[Path]) -> Service:
+    return Service(tmp_path / "data", Deployment.read(models[0]), shards=2)
 
 
 @pytest.fixture
 def client(service: Service) -> Iterator[TestClient]:
     with TestClient(make_app(service), base_url="http://localhost") as found:
         yield found
-
-
-def event(user: str, number: int, **more: Any) -> dict[str, Any]:
-    item = f"i{number % ITEMS:02d}"
-    return {"user_id": user, "item_id": item, "timestamp": 1_700_000_000 + number, **more}
 
 
 def test_events_and_recommendations(client: TestClient) -> None:
@@ -206,10 +193,10 @@ def test_keys_and_scopes(service: Service, tmp_path: Path) -> None:
     assert Keys([Key.model_validate(key("a", "admin"))]).allow("a", "admin")
 
 
-def test_models_change_places(client: TestClient, folders: list[Path]) -> None:
+def test_models_change_places(client: TestClient, models: list[Path]) -> None:
     first = client.get("/v1/model").json()
     assert first["items"] == ITEMS
-    second = client.post("/v1/model", json={"folder": str(folders[1])}).json()
+    second = client.post("/v1/model", json={"folder": str(models[1])}).json()
     assert second["previous"] == first["digest"] != second["digest"]
     assert client.post("/v1/model/rollback").json()["digest"] == first["digest"]
 
@@ -228,10 +215,10 @@ def test_health_and_metrics(client: TestClient, service: Service) -> None:
 
 
 def test_the_command_serves_and_ends_without_losing_anything(
-    folders: list[Path], tmp_path: Path
+    models: list[Path], tmp_path: Path
 ) -> None:
     run = "from everlong.cli import app; app()"
-    command = [sys.executable, "-c", run, "serve", str(folders[0])]
+    command = [sys.executable, "-c", run, "serve", str(models[0])]
     command += ["--data-dir", str(tmp_path / "data"), "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     users = []
@@ -251,8 +238,8 @@ def test_the_command_serves_and_ends_without_losing_anything(
     assert users == ["0", "1"]
 
 
-def test_an_address_that_others_reach_needs_keys(folders: list[Path], tmp_path: Path) -> None:
+def test_an_address_that_others_reach_needs_keys(models: list[Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected --keys"):
-        run_service(folders[0], tmp_path, host="0.0.0.0", port=0, keys=None, shards=1, say=print)
+        run_service(models[0], tmp_path, host="0.0.0.0", port=0, keys=None, shards=1, say=print)
     assert is_loopback("::1")
     assert not is_loopback("example.org")

@@ -32,7 +32,7 @@ from everlong.service.deployment import Deployment
 from everlong.service.keys import Keys
 from everlong.service.service import Service
 from everlong.split import PAPER
-from test_service import fitted, walk
+from service_models import walk
 
 CHROMIUM, DRIVER = Path("/usr/bin/chromium"), Path("/usr/bin/chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -47,10 +47,8 @@ IMG = "<img src=x onerror=\"document.title='broken'\">"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("models") / "a"
-    fitted().save(found)
-    return found
+def folder(models: list[Path]) -> Path:
+    return models[0]
 
 
 @contextmanager

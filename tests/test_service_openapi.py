@@ -29,7 +29,7 @@ from everlong.service.deployment import Deployment
 from everlong.service.keys import Key, Keys
 from everlong.service.service import Service
 from everlong.split import PAPER
-from test_service import walk
+from service_models import walk
 
 LONG = "EVERLONG_EXAMPLES" in os.environ
 EXAMPLES = os.environ.get("EVERLONG_EXAMPLES", "5")
