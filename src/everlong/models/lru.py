@@ -165,7 +165,14 @@ class LRU(UserModel):
 
     def _step_parameters(self) -> StepParameters:
         """Made anew when a parameter has been written to."""
-        now = tuple((id(one), one._version) for one in self.blocks.parameters())
+        # as ``parameters`` has them, which finds a name for each and takes longer than a step
+        now = tuple(
+            (id(one), one._version)
+            for block in self.blocks
+            for part in block._modules.values()
+            for one in part._parameters.values()  # type: ignore[union-attr]
+            if one is not None
+        )
         if self._kept is None or self._kept[0] != now:
             fields = zip(*(block.step_parameters() for block in self.blocks), strict=True)  # type: ignore[operator]
             arrays = (torch.stack(values).contiguous().numpy() for values in fields)

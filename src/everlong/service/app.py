@@ -22,6 +22,7 @@ from everlong import __version__
 from everlong.service.console import add_console
 from everlong.service.deployment import Deployment, Listed, Wanted
 from everlong.service.gate import (
+    Asgi,
     Bounded,
     Counted,
     Guarded,
@@ -91,7 +92,7 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
         yield
         await run_in_threadpool(service.close)
 
-    app = FastAPI(
+    app = _Gated(
         title="everlong",
         version=__version__,
         description="Events in, recommendations out, nothing lost.",
@@ -101,14 +102,11 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
         redoc_url=None,
         responses=WRONG,
     )
-    app.add_middleware(Hot, routes=state.hot)
-    app.add_middleware(Bounded, most=MAX_BODY)
-    app.add_middleware(Guarded, keys=state.keys)
-    app.add_middleware(Shedding, most=MAX_AT_ONCE)
-    app.add_middleware(Counted, metrics=state.metrics)
+    gates = Guarded(Bounded(Hot(app.enter, state.hot), MAX_BODY), state.keys)
+    app.gates = Counted(Shedding(gates, MAX_AT_ONCE), state.metrics)
     if not len(state.keys):
         # without keys a page from elsewhere must not reach the service under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOCAL_HOSTS)
+        app.gates = TrustedHostMiddleware(app.gates, allowed_hosts=LOCAL_HOSTS)
     refuse_in_one_form(app)
     _add_events(app, state)
     _add_reads(app, state)
@@ -116,6 +114,22 @@ def make_app(service: Service, keys: Keys | None = None) -> FastAPI:
     _add_health(app, state)
     add_console(app)
     return app
+
+
+class _Gated(FastAPI):
+    """An application behind gates: what they answer or refuse it does not see.
+
+    As its middleware they would stand behind others, which take as long as all of them.
+    """
+
+    gates: Asgi
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.gates(scope, receive, send)
+
+    async def enter(self, scope: Any, receive: Any, send: Any) -> None:
+        """What is behind the gates."""
+        await super().__call__(scope, receive, send)
 
 
 class _State:

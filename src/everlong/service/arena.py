@@ -186,8 +186,9 @@ class Arena:
         if mine.size == 0:
             return mine, None
         # where the next user begins
-        first = np.flatnonzero(np.append(True, mine[1:] != mine[:-1]))
-        touched, lengths = mine[first], np.diff(first, append=mine.size)
+        inner = np.flatnonzero(mine[1:] != mine[:-1]) + 1
+        cuts = np.concatenate([[0], inner, [mine.size]])
+        touched, lengths = mine[cuts[:-1]], cuts[1:] - cuts[:-1]
         batch = columns.at(known).batch(lengths, self.model.event_fields)
         before = states.take(self._states, torch.from_numpy(touched))
         read = self.model.step if touched.size == mine.size else self.model.advance

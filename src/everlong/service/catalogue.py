@@ -21,7 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from everlong.model import ItemHead
-from everlong.ops.coarse_scores import coarse_above, coarse_best, exact_scores, put_in_order
+from everlong.ops.coarse_scores import (
+    coarse_above,
+    coarse_best,
+    exact_scores,
+    in_blocks,
+    put_in_order,
+)
 from everlong.topk import NONE, top_k, top_k_items
 
 log = logging.getLogger(__name__)
@@ -76,7 +82,7 @@ class Catalogue:
         some = weight if self.coarse else weight[:0]
         scales = some.abs().amax(1).clamp(min=1e-30) / 127
         table = (some / scales[:, None]).round().to(torch.int8)
-        self._table, self._scales = table.numpy(), scales.numpy()
+        self._table, self._scales = in_blocks(table.numpy()), scales.numpy()
         self._error = _Error.of(some, table * scales[:, None], bias)
         self._norms = weight.norm(dim=1)
         self.index: Index | None = None
@@ -149,7 +155,8 @@ class Catalogue:
         keep = min(k + k // 2 + SPARE, len(self))
         coarse = np.full((len(users), keep), -np.inf, dtype=np.float32)
         named = np.full((len(users), keep), NONE)
-        coarse_best(self._table, self._scales, bias, users, excluded, cuts, coarse, named)
+        padded = self._padded(users)
+        coarse_best(self._table, self._scales, bias, padded, excluded, cuts, coarse, named)
         scores = np.empty_like(coarse)
         put_in_order(weight, bias, users, named, scores)
         best = Best(torch.from_numpy(scores[:, :k]), torch.from_numpy(named[:, :k]))
@@ -163,12 +170,19 @@ class Catalogue:
             best.scores[row], best.items[row] = again.scores[0], again.items[0]
         return best
 
+    def _padded(self, users: np.ndarray) -> np.ndarray:
+        """Users ``[B, D]`` with zeros at the ends, as the table has them."""
+        found = np.zeros((len(users), self._table.shape[1]), dtype=np.float32)
+        found[:, : users.shape[1]] = users
+        return found
+
     def _best_above(self, user: Tensor, k: int, excluded: np.ndarray, floor: float) -> Best:
         """The best of one user, of whom the k-th best score is known to be ``floor`` or higher."""
         far = float(self._error.highest(np.zeros(1, np.float32), user.numpy())[0])
         found = np.empty(len(self), dtype=np.int64)
         count = coarse_above(
-            *(self._table, self._scales, self.bias.numpy(), user[0].numpy(), excluded),
+            *(self._table, self._scales, self.bias.numpy()),
+            *(self._padded(user.numpy())[0], excluded),
             *(far, self._error.by_score, floor, found),
         )
         rows = torch.from_numpy(found[:count])[None]
@@ -262,8 +276,17 @@ class _Error(NamedTuple):
 
 def _by_user(rows: np.ndarray, items: np.ndarray, users: int) -> tuple[np.ndarray, np.ndarray]:
     """Items of pairs user by user, rising, and where those of each user begin."""
-    order = np.lexsort((items, rows))
-    return items[order], np.searchsorted(rows[order], np.arange(users + 1))
+    # they mostly come so
+    if not _ordered(rows, items):
+        order = np.lexsort((items, rows))
+        rows, items = rows[order], items[order]
+    return items, np.searchsorted(rows, np.arange(users + 1))
+
+
+def _ordered(rows: np.ndarray, items: np.ndarray) -> bool:
+    """Whether pairs come user by user, items rising."""
+    same = rows[1:] == rows[:-1]
+    return bool(np.all(np.where(same, items[1:] >= items[:-1], rows[1:] > rows[:-1])))
 
 
 class Index:

@@ -35,6 +35,10 @@ QUERIES = 256
 """Searches on which an index is tried."""
 
 
+NOTHING = np.empty(0, dtype=np.int64)
+"""No rows."""
+
+
 class Listed(NamedTuple):
     """Items and their scores, best first."""
 
@@ -49,7 +53,7 @@ class Wanted:
     Attributes:
         k: items, at most.
         at: time of the request, Unix seconds.
-        leave_out: items that must not come, such as those seen.
+        leave_out: items that must not come.
         among: the only items that may come, None for all.
     """
 
@@ -141,32 +145,42 @@ class Deployment:
         if self.catalogue is not None:
             self.catalogue.hide(self._hidden)
 
-    def recommend(self, state: State, wanted: Sequence[Wanted]) -> list[Listed]:
+    def recommend(
+        self, state: State, wanted: Sequence[Wanted], seen: Sequence[np.ndarray] | None = None
+    ) -> list[Listed]:
         """A list for each of ``B`` users from their states ``[B]``.
 
         Who says no time is asked as of the newest event.
+
+        Args:
+            state: of the users.
+            wanted: what each of them wants.
+            seen: rows of the catalogue that must not come for each of them, rising; None for none.
         """
+        without = self._left_out(wanted, seen or [NOTHING] * len(wanted))
         timed = [one.at is not None for one in wanted]
         if all(timed) or not any(timed):
-            return self._recommend(state, wanted)
+            return self._recommend(state, wanted, without)
         # a model takes times of all or of none
         found: dict[int, Listed] = {}
         for kind in (True, False):
             rows = [row for row, has in enumerate(timed) if has is kind]
             part = states.take(state, torch.tensor(rows))
-            found.update(
-                zip(rows, self._recommend(part, [wanted[row] for row in rows]), strict=True)
-            )
+            some, out = [wanted[row] for row in rows], [without[row] for row in rows]
+            found.update(zip(rows, self._recommend(part, some, out), strict=True))
         return [found[row] for row in range(len(wanted))]
 
-    def _recommend(self, state: State, wanted: Sequence[Wanted]) -> list[Listed]:
+    def _recommend(
+        self, state: State, wanted: Sequence[Wanted], without: Sequence[np.ndarray]
+    ) -> list[Listed]:
         """The lists of users of whom all say a time, or none."""
         when = torch.tensor([one.at for one in wanted]) if wanted[0].at is not None else None
         with torch.no_grad():
             if self.catalogue is not None:
-                return self._searched(self.catalogue, self.model.user(state, when), wanted)
+                user = self.model.user(state, when)
+                return self._searched(self.catalogue, user, wanted, without)
             most = max(one.k for one in wanted)
-            scores = mask_items(self.model.score(state, at=when), *self._left_out(wanted))
+            scores = mask_items(self.model.score(state, at=when), *_pairs(without))
             scores = self._only(scores.index_fill_(1, self._hidden, -torch.inf), wanted)
             if isinstance(self.model, TwoStage):
                 named = top_k(scores, max(most, self.model.config.candidates))[1]
@@ -176,7 +190,11 @@ class Deployment:
         return self._listed(wanted, *found)
 
     def _searched(
-        self, catalogue: Catalogue, user: Tensor, wanted: Sequence[Wanted]
+        self,
+        catalogue: Catalogue,
+        user: Tensor,
+        wanted: Sequence[Wanted],
+        without: Sequence[np.ndarray],
     ) -> list[Listed]:
         """Lists for user vectors ``[B, D]``."""
         found: dict[int, Listed] = {}
@@ -185,12 +203,12 @@ class Deployment:
             some = [wanted[row] for row in free]
             most = max(one.k for one in some)
             mine = user if len(free) == len(user) else user[free]
-            best = catalogue.best(mine, most, self._left_out(some))
+            best = catalogue.best(mine, most, _pairs([without[row] for row in free]))
             found.update(zip(free, self._listed(some, *best), strict=True))
         for row, one in enumerate(wanted):
             if one.among is not None:
-                named = set(self._known(one.among)).difference(self._known(one.leave_out))
-                items = torch.tensor(list(named), dtype=torch.int64)
+                named = np.array(self._known(one.among), dtype=np.int64)
+                items = torch.from_numpy(np.setdiff1d(named, without[row]))
                 best = catalogue.among(user[row : row + 1], one.k, items)
                 found[row] = self._listed([one], *best)[0]
         return [found[row] for row in range(len(wanted))]
@@ -235,11 +253,14 @@ class Deployment:
         rows_of = self.item_ids.row_of
         return [rows_of[item] for item in items if item in rows_of]
 
-    def _left_out(self, wanted: Sequence[Wanted]) -> Pairs:
-        rows = [self._known(one.leave_out) for one in wanted]
-        owners = np.repeat(np.arange(len(rows)), [len(some) for some in rows])
-        items = np.array([row for some in rows for row in some], dtype=np.int64)
-        return torch.from_numpy(owners), torch.from_numpy(items)
+    def _left_out(self, wanted: Sequence[Wanted], seen: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Rows that must not come for each user, rising."""
+        return [
+            np.union1d(rows, np.array(self._known(one.leave_out), dtype=np.int64))
+            if one.leave_out
+            else rows
+            for one, rows in zip(wanted, seen, strict=True)
+        ]
 
     def _only(self, scores: Tensor, wanted: Sequence[Wanted]) -> Tensor:
         for row, one in enumerate(wanted):
@@ -260,6 +281,12 @@ class Deployment:
             ]
             lists.append(Listed([item for item, _ in there], [value for _, value in there]))
         return lists
+
+
+def _pairs(without: Sequence[np.ndarray]) -> Pairs:
+    """Users and rows that must not come for them."""
+    users = np.repeat(np.arange(len(without)), [rows.size for rows in without])
+    return torch.from_numpy(users), torch.from_numpy(np.concatenate(without))
 
 
 def state_digest(model: UserModel, item_ids: IdMap) -> bytes:

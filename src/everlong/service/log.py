@@ -272,13 +272,16 @@ class LogReader:
         """The last events of a user, newest first."""
         return self._events("user_id=? ORDER BY offset DESC LIMIT ?", (user_id, count))
 
-    def seen(self, user_id: Id) -> list[Id]:
-        """The items of a user's events, from the index alone: ``verify`` is what checks that."""
+    def items_of_user(self, user_id: Id, after: int) -> list[tuple[int, Id]]:
+        """Offsets and items of a user's events after an offset, in the order of arrival.
+
+        From the index alone: ``verify`` is what checks that.
+        """
         with self._told("read"):
-            rows = self.connection.execute(
-                "SELECT DISTINCT item_id FROM events WHERE user_id=?", (user_id,)
-            )
-            return [row[0] for row in rows]
+            return self.connection.execute(
+                "SELECT offset, item_id FROM events WHERE user_id=? AND offset>? ORDER BY offset",
+                (user_id, after),
+            ).fetchall()
 
     def _events(self, which: str, values: tuple[Id, ...]) -> list[Stored]:
         with self._told("read"):
@@ -358,8 +361,9 @@ class EventLog(LogReader):
         connect: Callable[[Path], sqlite3.Connection] = _connect,
     ) -> None:
         self.path = path
-        # what a kill or a refused emptying may have left of those who were erased
-        self._traces = True
+        self.traces = True
+        """Whether something of users who were erased may be in the write-ahead log: after a kill,
+        and where it could not be emptied."""
         make_folder(path.parent)
         with self._told("opened"):
             self.connection = connect(path)
@@ -489,7 +493,7 @@ class EventLog(LogReader):
                 run("INSERT INTO erased VALUES (?)", (key,))
             run("DELETE FROM events WHERE user_id=?", (user_id,))
             run("DELETE FROM states WHERE user_id=?", (user_id,))
-        self._traces = True
+        self.traces = True
         self.checkpoint()
         return len(rows)
 
@@ -500,7 +504,7 @@ class EventLog(LogReader):
             False if it could not: somebody reads, or the disk refuses. Nothing is lost by that.
         """
         done = self._checkpoint("TRUNCATE")
-        self._traces = self._traces and not done
+        self.traces = self.traces and not done
         return done
 
     def wrap(self) -> bool:
@@ -511,7 +515,7 @@ class EventLog(LogReader):
         """
         self.connection.execute("PRAGMA busy_timeout=0")
         try:
-            return self.checkpoint() if self._traces else self._checkpoint("RESTART")
+            return self.checkpoint() if self.traces else self._checkpoint("RESTART")
         finally:
             self.connection.execute(f"PRAGMA busy_timeout={BUSY_MS}")
 

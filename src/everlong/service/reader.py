@@ -10,12 +10,11 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from everlong.service.deployment import Deployment, Listed, Wanted
-from everlong.service.log import Id, LogReader
+from everlong.service.deployment import NOTHING, Deployment, Listed, Wanted
+from everlong.service.log import Id
+from everlong.service.seen import Seen
 from everlong.service.shard import FullError
 from everlong.state import State
 
@@ -37,20 +36,19 @@ class Reader:
 
     Args:
         live: the model that answers, and the states of some users in it.
-        paths: of the log of a user, for what they have seen.
+        seen: what users have seen; it is closed with this.
         capacity: most requests that wait.
     """
 
     def __init__(
         self,
         live: Callable[[Sequence[Id]], tuple[Deployment, State]],
-        path_of: Callable[[Id], Path],
+        seen: Seen,
         *,
         capacity: int = 1_000,
     ) -> None:
-        self._live, self._path_of, self.capacity = live, path_of, capacity
-        self._queue: queue.Queue[Asked | None] = queue.Queue()
-        self._logs: dict[Path, LogReader] = {}
+        self._live, self._seen, self.capacity = live, seen, capacity
+        self._queue: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._answer, name="reader")
         self._thread.start()
 
@@ -90,8 +88,7 @@ class Reader:
             group = [asked for asked in group if asked.done.set_running_or_notify_cancel()]
             if group:
                 self._serve(group)
-        for log in self._logs.values():
-            log.close()
+        self._seen.close()
 
     def _next_group(self) -> tuple[list[Asked], bool]:
         asked = self._queue.get()
@@ -109,11 +106,12 @@ class Reader:
     def _serve(self, group: Sequence[Asked]) -> None:
         try:
             deployment, state = self._live([asked.user_id for asked in group])
-            wanted = [
-                replace(asked.wanted, leave_out=(*asked.wanted.leave_out, *self._seen(asked)))
+            item_ids = deployment.item_ids
+            seen = [
+                self._seen.rows(asked.user_id, item_ids) if asked.filter_seen else NOTHING
                 for asked in group
             ]
-            lists = deployment.recommend(state, wanted)
+            lists = deployment.recommend(state, [asked.wanted for asked in group], seen)
         except Exception as error:
             if len(group) == 1:
                 group[0].done.set_exception(error)
@@ -123,12 +121,3 @@ class Reader:
             return
         for asked, found in zip(group, lists, strict=True):
             asked.done.set_result(found)
-
-    def _seen(self, asked: Asked) -> list[Id]:
-        """All items of the user's log: the log is the truth, and one index holds what is asked."""
-        if not asked.filter_seen:
-            return []
-        path = self._path_of(asked.user_id)
-        if path not in self._logs:
-            self._logs[path] = LogReader(path)
-        return self._logs[path].seen(asked.user_id)

@@ -28,6 +28,7 @@ from everlong.service.arena import Arena
 from everlong.service.deployment import QUERIES, Deployment, Listed, Wanted
 from everlong.service.log import DamagedError, Event, Id, LogReader, Receipt, Stored, make_folder
 from everlong.service.reader import Reader
+from everlong.service.seen import Seen
 from everlong.service.shard import Shard
 from everlong.service.standing import Standing
 from everlong.state import State
@@ -81,6 +82,7 @@ class Service:
         make_folder(folder)
         self._lock = _locked(folder / LOCK)
         self.shards: list[Shard] = []
+        self.seen = Seen(lambda user_id: self._shard(user_id).log.path)
         # one model at a time; and, for a moment, what service.json says
         self._switching, self._settling = threading.Lock(), threading.Lock()
         self.draining = False
@@ -90,7 +92,9 @@ class Service:
             about = known or {"shards": shards}
             for number in range(about["shards"]):
                 path = folder / f"shard-{number:04d}.sqlite"
-                self.shards.append(Shard(path, new=known is None, capacity=capacity))
+                self.shards.append(
+                    Shard(path, new=known is None, capacity=capacity, on_erase=self.seen.forget)
+                )
             if known is None:
                 self._check_empty()
             self._asked, self.hidden = deployment.name, list[Id](about.get("hidden", ()))
@@ -99,7 +103,7 @@ class Service:
             names = {one.deployment.name for one in (self._served, self._previous) if one}
             for shard in self.shards:
                 shard.keep_records_of(names)
-            self.reader = Reader(self._live_states, lambda user: self._shard(user).log.path)
+            self.reader = Reader(self._live_states, self.seen)
         except BaseException:
             for shard in self.shards:
                 shard.close()

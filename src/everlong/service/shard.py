@@ -34,9 +34,17 @@ GROUP = 1_024
 LINGER_S = 0.0025
 """Time from the end of one writing to the begin of the next: a lone event does not wait at all."""
 
-CHECKPOINT_S = 10.0
+CHECKPOINT_S = 30.0
+"""Time between two writings of states: what came since is read again after a crash."""
+
 FLUSH_S = 1.0
 """Time between two movings of events from the write-ahead log into the file."""
+
+LONG = 8_192
+"""Pages of a write-ahead log from which on it is begun anew."""
+
+TRY_S = 1.0
+"""Time after which a writer without events looks whether there is something else to do."""
 
 SLICE, IDLE_S = 32, 0.5
 """States that are written between two groups of events: few, so that events wait for a moment, but
@@ -88,21 +96,29 @@ class Shard:
         path: the log.
         new: whether it is made where there is none.
         capacity: most events that wait.
+        on_erase: told of each user who was erased, before whoever asked for it is.
 
     Raises:
         DamagedError: if the log is not what was written.
         OSError: if it cannot be opened.
     """
 
-    def __init__(self, path: Path, *, new: bool = True, capacity: int = 10_000) -> None:
-        self.log, self.capacity = EventLog(path, new=new), capacity
+    def __init__(
+        self,
+        path: Path,
+        *,
+        new: bool = True,
+        capacity: int = 10_000,
+        on_erase: Callable[[Id], None] | None = None,
+    ) -> None:
+        self.log, self.capacity, self._on_erase = EventLog(path, new=new), capacity, on_erase
         # what a kill has left, also of those who were erased
         self.log.checkpoint()
         self.arenas: dict[str, Arena] = {}
         self.applied = Applied()
         self.repeated = 0
         self.writable = True
-        self._queue: queue.Queue[Work | None] = queue.Queue()
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._waiting, self._count = 0, threading.Lock()
         self._last_checkpoint = time.monotonic()
         self._written_at = 0.0
@@ -343,10 +359,12 @@ class Shard:
         """What there is to do, gathered for a moment, and whether that is all for ever."""
         try:
             # states that are being written are not kept waiting
-            work = self._queue.get(timeout=0 if self._pending else CHECKPOINT_S / 10)
+            work = self._queue.get(timeout=0 if self._pending else min(TRY_S, CHECKPOINT_S / 10))
         except queue.Empty:
             return [], False
-        group, size, until = list[Work](), 0, self._written_at + LINGER_S
+        # asleep, so that those who come meanwhile do not wake it one by one
+        time.sleep(max(0.0, self._written_at + LINGER_S - time.monotonic()))
+        group, size = list[Work](), 0
         while work is not None:
             group.append(work)
             size += len(work.events)
@@ -354,7 +372,7 @@ class Shard:
             if size >= GROUP or work.act is not None:
                 return group, False
             try:
-                work = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+                work = self._queue.get_nowait()
             except queue.Empty:
                 return group, False
         return group, True
@@ -428,6 +446,8 @@ class Shard:
             arena.forget(user_id)
         for users in self._erased_since.values():
             users.add(user_id)
+        if self._on_erase is not None:
+            self._on_erase(user_id)
         return count
 
     def _checkpoint_some(self) -> None:
@@ -462,8 +482,6 @@ class Shard:
         now, left = rows[:size], rows[size:]
         self._write_states(arena, now, offset if left.size == 0 else None)
         self._pending = [Unwritten(arena, offset, left), *others] if left.size else others
-        if not self._pending:
-            self._wrap()
 
     def _flush(self) -> None:
         """Moves the write-ahead log into the file beside the writer, a little at a time.
@@ -473,17 +491,12 @@ class Shard:
         while not self._closing.wait(FLUSH_S):
             try:
                 with self._flushing, closing(sqlite3.connect(self.log.path)) as beside:
-                    beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-            except sqlite3.Error as error:
+                    _, pages, _ = beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                if pages >= LONG or self.log.traces:
+                    # next to nothing is left to be moved, so that it takes the writer a moment
+                    self._do(self.log.wrap)
+            except (sqlite3.Error, OSError) as error:
                 log.warning("the write-ahead log cannot be moved: %s", error)
-
-    def _wrap(self) -> None:
-        """Has the write-ahead log begin anew, if nobody is at it; the next time will do."""
-        if self._flushing.acquire(blocking=False):
-            try:
-                self.log.wrap()
-            finally:
-                self._flushing.release()
 
     def _write_states(self, arena: Arena, rows: np.ndarray, watermark: int | None) -> None:
         records, run = arena.records(rows), self.log.connection.execute
