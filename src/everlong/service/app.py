@@ -8,8 +8,9 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException, Query, Response
 from fastapi.concurrency import run_in_threadpool
@@ -19,6 +20,7 @@ from pydantic import BaseModel
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from everlong import __version__
+from everlong.service.answers import Answers
 from everlong.service.console import add_console
 from everlong.service.deployment import Deployment, Listed, Wanted
 from everlong.service.gate import (
@@ -58,6 +60,8 @@ from everlong.service.metrics import Metrics
 from everlong.service.service import Placed, Service
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MAX_BODY = 1 << 20
 MAX_AT_ONCE = 256
@@ -139,6 +143,7 @@ class _State:
         self.service, self.keys = service, keys
         self.metrics = Metrics(service)
         self.hot: dict[str, HotRoute] = {}
+        self._answers = Answers()
         self._bearer = HTTPBearer(auto_error=False)
 
     def needs(self, scope: Scope) -> Any:
@@ -162,6 +167,10 @@ class _State:
             raise unknown_key()
         if not allowed:
             raise HTTPException(403, f"this key may not do that: expected scope {scope}")
+
+    async def answer(self, future: Future[T]) -> T:
+        """What a thread of the service answers in time."""
+        return await _told(self._answers.of(future, ANSWER_S))
 
     def heat(self, path: str, scope: Scope, answer: Callable[..., Awaitable[Response]]) -> None:
         """Has a route of one message answered before the application is asked."""
@@ -236,9 +245,14 @@ def _not_written(error: OSError) -> HTTPException:
     return HTTPException(503, "it cannot be written now; try again", {"Retry-After": "5"})
 
 
-async def _within(awaited: Awaitable[Any]) -> Any:
+async def _within(awaited: Awaitable[T]) -> T:
+    return await _told(asyncio.wait_for(awaited, ANSWER_S))
+
+
+async def _told(awaited: Awaitable[T]) -> T:
+    """A result, or why there is none."""
     try:
-        return await asyncio.wait_for(awaited, ANSWER_S)
+        return await awaited
     except TimeoutError:
         raise HTTPException(503, "no answer in time; try again", {"Retry-After": "1"}) from None
     except (OSError, DamagedError) as error:
@@ -255,7 +269,7 @@ def _add_events(app: FastAPI, state: _State) -> None:
     async def post_events(given: EventsIn) -> Response:
         """Takes events; the answer comes when they are on disk and in the states."""
         events = [state.event(event) for event in given.events]
-        placed = await _within(_placed(service, events))
+        placed = await _placed(state, events)
         return _sent(
             EventsOut(
                 receipts=[
@@ -271,19 +285,19 @@ def _add_events(app: FastAPI, state: _State) -> None:
     async def erase_user(user_id: str) -> ErasedOut:
         """Overwrites a user's events and states."""
         name = _from_path(user_id, service.live.user_type)
-        count = await _within(asyncio.wrap_future(service.erase(name)))
+        count = await state.answer(service.erase(name))
         return ErasedOut(events=count)
 
 
-async def _placed(service: Service, events: list[Event]) -> list[Placed]:
+async def _placed(state: _State, events: list[Event]) -> list[Placed]:
     """Receipts in the order of the events."""
+    service = state.service
     if len(service.shards) == 1:
         (future,) = service.ingest(events)
-        return [Placed(0, receipt) for receipt in await asyncio.wrap_future(future)]
+        return [Placed(0, receipt) for receipt in await state.answer(future)]
     order = service.by_shard(events)
-    futures = [asyncio.wrap_future(future) for future in service.ingest(events)]
-    found = dict(zip(order, await asyncio.gather(*futures), strict=True))
-    receipts = {number: iter(some) for number, some in found.items()}
+    answers = await asyncio.gather(*map(state.answer, service.ingest(events)))
+    receipts = {number: iter(some) for number, some in zip(order, answers, strict=True)}
     shards = (service.shard_of(event.user_id) for event in events)
     return [Placed(number, next(receipts[number])) for number in shards]
 
@@ -303,7 +317,7 @@ def _add_reads(app: FastAPI, state: _State) -> None:
         )
         fresh = await _reached(service, user_id, given.min_offset)
         future = service.recommend(user_id, wanted, filter_seen=given.filter_seen)
-        found = await _within(asyncio.wrap_future(future))
+        found = await state.answer(future)
         return _sent(state.listed(found, user_id, stale=not fresh))
 
     state.heat("/v1/recommend", "read", recommend)

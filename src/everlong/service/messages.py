@@ -47,8 +47,8 @@ class EventIn(Message):
             Annotated[str, Field(max_length=MAX_ID)],
             Annotated[StrictInt, Field(ge=-(1 << 53), le=1 << 53)] | FiniteFloat,
         ],
-        Field(max_length=32),
-    ] = {}
+        Field(default_factory=dict, max_length=32),
+    ]
 
 
 class EventsIn(Message):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from everlong.state import State
 
 TOGETHER = 64
 """Most requests that are answered at once."""
+
+LINGER_S = 0.002
+"""Time from the end of one answer to the begin of the next: a lone request does not wait at all."""
 
 
 class Asked(NamedTuple):
@@ -49,6 +53,7 @@ class Reader:
     ) -> None:
         self._live, self._seen, self.capacity = live, seen, capacity
         self._queue: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+        self._answered_at = 0.0
         self._thread = threading.Thread(target=self._answer, name="reader")
         self._thread.start()
 
@@ -88,10 +93,13 @@ class Reader:
             group = [asked for asked in group if asked.done.set_running_or_notify_cancel()]
             if group:
                 self._serve(group)
+                self._answered_at = time.monotonic()
         self._seen.close()
 
     def _next_group(self) -> tuple[list[Asked], bool]:
         asked = self._queue.get()
+        # those who come meanwhile are answered by the same look at the catalogue
+        time.sleep(max(0.0, self._answered_at + LINGER_S - time.monotonic()))
         group: list[Asked] = []
         while asked is not None:
             group.append(asked)

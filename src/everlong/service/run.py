@@ -96,6 +96,8 @@ def run_service(
                 timeout_graceful_shutdown=DRAIN_S,
                 timeout_keep_alive=30,
                 server_header=False,
+                # who asks is known by a key, never by an address that a proxy tells
+                proxy_headers=False,
             )
             bound = listener.getsockname()
             name = service.live.recommender.origin.model

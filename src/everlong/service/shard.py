@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 GROUP = 1_024
 """Most events that are written together."""
 
-LINGER_S = 0.0025
+LINGER_S = 0.001
 """Time from the end of one writing to the begin of the next: a lone event does not wait at all."""
 
 CHECKPOINT_S = 30.0
@@ -40,8 +40,8 @@ CHECKPOINT_S = 30.0
 FLUSH_S = 1.0
 """Time between two movings of events from the write-ahead log into the file."""
 
-LONG = 8_192
-"""Pages of a write-ahead log from which on it is begun anew."""
+LONG = 16_384
+"""Pages of a write-ahead log from which on it is begun anew, for which events wait a moment."""
 
 TRY_S = 1.0
 """Time after which a writer without events looks whether there is something else to do."""
@@ -490,13 +490,18 @@ class Shard:
         """
         while not self._closing.wait(FLUSH_S):
             try:
-                with self._flushing, closing(sqlite3.connect(self.log.path)) as beside:
-                    _, pages, _ = beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                if pages >= LONG or self.log.traces:
-                    # next to nothing is left to be moved, so that it takes the writer a moment
+                if self._move() >= LONG or self.log.traces:
+                    # once more, so that next to nothing is left for the writer to move
+                    self._move()
                     self._do(self.log.wrap)
             except (sqlite3.Error, OSError) as error:
                 log.warning("the write-ahead log cannot be moved: %s", error)
+
+    def _move(self) -> int:
+        """Moves what nobody needs in the write-ahead log; returns how many pages that has."""
+        with self._flushing, closing(sqlite3.connect(self.log.path)) as beside:
+            _, pages, _ = beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return int(pages)
 
     def _write_states(self, arena: Arena, rows: np.ndarray, watermark: int | None) -> None:
         records, run = arena.records(rows), self.log.connection.execute
