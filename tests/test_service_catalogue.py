@@ -178,6 +178,17 @@ def test_coarse_scores_are_as_near_as_is_said(scale: float, users: int) -> None:
         assert float((highest - scores[row]).max()) < 0.02 * length
 
 
+@pytest.mark.parametrize(("items", "dim"), [(1, 1), (511, 3), (512, 8), (513, 17), (1_025, 64)])
+def test_tables_of_any_size(items: int, dim: int) -> None:
+    seeded = torch.Generator().manual_seed(items)
+    head = ItemHead(torch.randn(items, dim, generator=seeded), torch.randn(items, generator=seeded))
+    user = torch.randn(3, dim, generator=seeded)
+    # pairs in no order, some of them twice
+    rows = torch.randint(0, 3, (40,), generator=seeded)
+    without = torch.randint(0, items, (40,), generator=seeded)
+    agrees(head, user, min(20, items), coarse=True, exclude=(rows, without))
+
+
 def test_a_list_does_not_depend_on_who_else_asks() -> None:
     catalogue = Catalogue(random_head(20_000), coarse=True)
     user = torch.randn(9, DIM, generator=torch.Generator().manual_seed(7))

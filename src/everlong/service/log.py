@@ -31,7 +31,7 @@ from everlong.atomic import sync_folder
 log = logging.getLogger(__name__)
 
 VERSION = 1
-PAGE = 8_192
+PAGE = 4_096
 BUSY_MS = 100
 """How long a checkpoint waits for those who read; the writer stands still meanwhile."""
 

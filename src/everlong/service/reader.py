@@ -22,7 +22,7 @@ from everlong.state import State
 TOGETHER = 64
 """Most requests that are answered at once."""
 
-LINGER_S = 0.002
+LINGER_S = 0.003
 """Time from the end of one answer to the begin of the next: a lone request does not wait at all."""
 
 

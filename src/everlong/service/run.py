@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 DRAIN_S = 20
 """How long requests in flight may take once the service is to end."""
 
+TURN_S = 0.001
+"""How long a thread keeps the interpreter from others."""
+
 MAX_CONNECTIONS = 4_096
 MAX_WAITING = 1 << 30
 """Bytes of a write-ahead log up to which the log is read as a whole beside the writer."""
@@ -82,6 +85,8 @@ def run_service(
         )
     # one product at a time: threads of one product would wait for the writer's core
     torch.set_num_threads(1)
+    # and who waits for the interpreter gets it soon: a request needs it several times
+    sys.setswitchinterval(TURN_S)
     deployment = Deployment.read(model)
     with socket.create_server((host, port), family=family_of(host)) as listener:
         service = Service(data_dir, deployment, shards=shards)

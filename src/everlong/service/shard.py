@@ -40,7 +40,7 @@ CHECKPOINT_S = 30.0
 FLUSH_S = 1.0
 """Time between two movings of events from the write-ahead log into the file."""
 
-LONG = 16_384
+LONG = 32_768
 """Pages of a write-ahead log from which on it is begun anew, for which events wait a moment."""
 
 TRY_S = 1.0
