@@ -16,7 +16,7 @@ from everlong.ids import IdMap
 from everlong.service.log import Event, EventLog
 from everlong.service.seen import Seen
 
-CATALOGUE = IdMap(pl.Series([f"i{number}" for number in range(20)]))
+CATALOGUE = IdMap(pl.Series([f"i{number:02d}" for number in range(20)]))
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def log(tmp_path: Path) -> Iterator[EventLog]:
 
 def append(log: EventLog, user: str, *items: int) -> None:
     first = log.total.last
-    log.append([Event(f"{first + n}", user, f"i{item}", 0) for n, item in enumerate(items)])
+    log.append([Event(f"{first + n}", user, f"i{item:02d}", 0) for n, item in enumerate(items)])
 
 
 def rows(seen: Seen, user: str) -> list[int]:
@@ -84,7 +84,7 @@ def test_rows_are_those_of_the_catalogue_that_asks(log: EventLog) -> None:
     seen = Seen(lambda _: log.path)
     append(log, "a", 7, 3)
     assert rows(seen, "a") == [3, 7]
-    other = IdMap(pl.Series(["i7", "i30"]))
+    other = IdMap(pl.Series(["i07", "i30"]))
     assert seen.rows("a", other).tolist() == [0]
     assert rows(seen, "a") == [3, 7]
     seen.close()

@@ -10,6 +10,7 @@ import gc
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
 
 import numpy as np
 
@@ -90,12 +91,10 @@ def _histories(
     number_of: dict[Id, int] = {}
     owners, columns = [np.zeros(0, dtype=np.int64)], [arena.columns(Slice.of([]))]
     for events in log.slices(last, SLICE):
-        found = (
-            number_of.setdefault(user_id, len(number_of))
-            if parts == 1 or _part_of(user_id, parts) == part
-            else -1
-            for user_id in events.user_ids
-        )
+        for user_id in dict.fromkeys(events.user_ids):
+            if parts == 1 or _part_of(user_id, parts) == part:
+                number_of.setdefault(user_id, len(number_of))
+        found = map(number_of.get, events.user_ids, repeat(-1))
         owner = np.fromiter(found, dtype=np.int64, count=len(events.offsets))
         mine = arena.columns(events)
         owners.append(owner[owner >= 0])
