@@ -25,6 +25,7 @@ from everlong.models.item_vectors import ItemConfig, ItemVectors
 from everlong.ops.dropout import Dropout
 from everlong.ops.linear_scan import linear_scan
 from everlong.ops.lru_step import StepParameters, lru_step
+from everlong.ops.product import linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,15 +257,17 @@ class Block(nn.Module):
         # product: gamma (W x + b) = (gamma W) x + gamma b
         decay, gamma = self.recurrence()
         weight = gamma.unsqueeze(-1) * self.enter.weight
-        return decay, functional.linear(values, weight, gamma * self.enter.bias)
+        return decay, linear(values, weight, gamma * self.enter.bias)
 
     def outputs(self, values: Tensor, states: Tensor) -> Tensor:
         """Outputs ``[N, D]`` from the block's input and its recurrent states."""
-        mixed = self.recurrence_dropout(self.leave(states))
+        leave, widen, narrow = self.leave, self.widen, self.narrow
+        mixed = self.recurrence_dropout(linear(states, leave.weight, leave.bias))
         values = self.recurrence_norm(mixed + values)
         # code: one GELU (eq. 8 has a second one outside)
-        inner = self.dropout(functional.gelu(self.widen(values)))
-        outputs: Tensor = self.ffn_norm(self.dropout(self.narrow(inner)) + values)
+        inner = self.dropout(functional.gelu(linear(values, widen.weight, widen.bias)))
+        mixed = self.dropout(linear(inner, narrow.weight, narrow.bias))
+        outputs: Tensor = self.ffn_norm(mixed + values)
         return outputs
 
 

@@ -10,7 +10,6 @@ import gc
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import repeat
 
 import numpy as np
 
@@ -18,8 +17,9 @@ from everlong.service.arena import Applied, Arena
 from everlong.service.columns import Columns
 from everlong.service.log import Id, LogReader, Slice
 
-SLICE = 8_192
-"""Events that are taken from the log at once."""
+SLICE, STEP = 1_024, 8_192
+"""Events that are taken from the log at once: of a whole log so few that they stay in the caches of
+a core, and of what follows as many as the writer takes together."""
 
 EVENTS_IN_MEMORY = 1 << 25
 """A log of more is read several times, each time for some of the users."""
@@ -52,7 +52,7 @@ def backfill(log: LogReader, arena: Arena, *, since: int | None = None) -> Appli
 
 def read_on(log: LogReader, arena: Arena) -> Applied:
     """Applies some more of a log's events, in the order of their arrival."""
-    events = Slice.of(log.after(arena.offset, SLICE))
+    events = Slice.of(log.after(arena.offset, STEP))
     if not arena.complete:
         users = dict.fromkeys(events.user_ids)
         rebuild(log, arena, [user_id for user_id in users if user_id not in arena])
@@ -88,18 +88,27 @@ def _histories(
     log: LogReader, arena: Arena, last: int, part: int, parts: int
 ) -> tuple[list[Id], np.ndarray, Columns]:
     """Users of one part, whose each event is, and the events in the order of the log."""
-    number_of: dict[Id, int] = {}
+    number_of = _Numbers()
     owners, columns = [np.zeros(0, dtype=np.int64)], [arena.columns(Slice.of([]))]
     for events in log.slices(last, SLICE):
-        for user_id in dict.fromkeys(events.user_ids):
-            if parts == 1 or _part_of(user_id, parts) == part:
-                number_of.setdefault(user_id, len(number_of))
-        found = map(number_of.get, events.user_ids, repeat(-1))
+        found = (
+            map(number_of.__getitem__, events.user_ids)
+            if parts == 1
+            else (number_of[one] if _part_of(one, parts) == part else -1 for one in events.user_ids)
+        )
         owner = np.fromiter(found, dtype=np.int64, count=len(events.offsets))
         mine = arena.columns(events)
         owners.append(owner[owner >= 0])
         columns.append(mine if parts == 1 else mine.at(owner >= 0))
     return list(number_of), np.concatenate(owners), Columns.joined(columns)
+
+
+class _Numbers(dict[Id, int]):
+    """Users by number, each in the order of its first event."""
+
+    def __missing__(self, user_id: Id) -> int:
+        self[user_id] = number = len(self)
+        return number
 
 
 def _part_of(user_id: Id, parts: int) -> int:

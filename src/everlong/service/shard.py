@@ -13,13 +13,14 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numba
 import numpy as np
 
 from everlong.service.arena import Applied, Arena
@@ -63,6 +64,20 @@ NEAR = 8_192
 _WATERMARK, _INCOMPLETE = "watermark ", "incomplete "
 
 T = TypeVar("T")
+
+
+@contextmanager
+def _on_one_core() -> Iterator[None]:
+    """Has loops that are compiled for many cores run on one, in this thread.
+
+    Their threads spin while they wait: on the cores of the writer and of those who answer.
+    """
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 class FullError(RuntimeError):
@@ -172,7 +187,7 @@ class Shard:
         began = time.monotonic()
         try:
             self._do(lambda: self._restore(arena)).result()
-            with closing(LogReader(self.log.path)) as beside:
+            with closing(LogReader(self.log.path)) as beside, _on_one_core():
                 if arena.offset == 0:
                     backfill(beside, arena, since=since)
                 while beside.look().last - arena.offset > NEAR:
@@ -311,6 +326,10 @@ class Shard:
     # the writer
 
     def _write(self) -> None:
+        with _on_one_core():
+            self._write_all()
+
+    def _write_all(self) -> None:
         stopping = False
         while not stopping:
             group, stopping = self._next_group()
