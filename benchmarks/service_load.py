@@ -396,8 +396,9 @@ def tell(name: str, figures: dict[str, Any], write: bool) -> None:
 @app.command()
 def mixed(
     rate: Rate = 1_000.0,
-    seconds: Annotated[float, typer.Option(help="With those that do not count.")] = 60.0,
-    uncounted: Annotated[float, typer.Option(help="First seconds, which do not count.")] = 10.0,
+    seconds: Annotated[float, typer.Option(help="With those that do not count.")] = 80.0,
+    # until the write-ahead log has its size, and is overwritten from then on
+    uncounted: Annotated[float, typer.Option(help="First seconds, which do not count.")] = 20.0,
     share: Annotated[float, typer.Option(help="Of events among the requests.")] = EVENTS_SHARE,
     items: Items = 100_000,
     users: Users = 20_000,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from everlong.service.deployment import NOTHING, Deployment, Listed, Wanted
 from everlong.service.log import Id
+from everlong.service.priority import step_back
 from everlong.service.seen import Seen
 from everlong.service.shard import FullError
 from everlong.state import State
@@ -86,6 +87,7 @@ class Reader:
         self._thread.join()
 
     def _answer(self) -> None:
+        step_back()
         stopping = False
         while not stopping:
             group, stopping = self._next_group()

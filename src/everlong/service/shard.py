@@ -25,6 +25,7 @@ import numpy as np
 
 from everlong.service.arena import Applied, Arena
 from everlong.service.log import Event, EventLog, Id, LogReader, Receipt, Slice, Stored
+from everlong.service.priority import step_back
 from everlong.service.replay import backfill, read_on, rebuild
 
 log = logging.getLogger(__name__)
@@ -326,6 +327,7 @@ class Shard:
     # the writer
 
     def _write(self) -> None:
+        step_back()
         with _on_one_core():
             self._write_all()
 
