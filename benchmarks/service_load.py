@@ -41,7 +41,7 @@ import typer
 from everlong.ids import IdMap
 from everlong.models.lru import LRU, LRUConfig
 from everlong.recommender import Origin, Recommender
-from everlong.service import log as log_module
+from everlong.service import checksum, log
 from everlong.service.deployment import Deployment
 from everlong.service.log import Event, EventLog
 from everlong.service.service import Service
@@ -51,7 +51,8 @@ from open_loop import Answers, Load, arrivals, percentiles_ms, send, summary
 from record import RESULTS, write_result
 
 RUNS = Path(__file__).parents[1] / "runs" / "service_load"
-SERVER_CORE, GENERATOR_CORE = 0, (os.cpu_count() or 1) - 1
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+SERVER_CORE, GENERATOR_CORE = CORES[0], CORES[-1]
 DIM = 64
 ITEM_POWER, USER_POWER = 1.0, 0.7
 """Popularity falls with rank to this power, activity likewise: densities of power -2 and -2.4."""
@@ -140,7 +141,8 @@ def _cumulated(count: int, power: float) -> np.ndarray:
 def log_folder(users: int, items: int, events: int) -> Path:
     """A data folder with a log and no states; every user has one of the events at least."""
     # one that other code wrote is made anew
-    code = hashlib.sha256(Path(log_module.__file__).read_bytes()).hexdigest()[:8]
+    sources = (Path(module.__file__ or "").read_bytes() for module in (log, checksum))
+    code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
     folder = RUNS / f"log-{users}-{items}-{events}-{code}"
     if folder.exists():
         return folder

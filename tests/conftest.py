@@ -4,6 +4,7 @@ And two models that the tests of the service share, since to fit them takes seco
 """
 
 import os
+import signal
 from pathlib import Path
 
 import numba
@@ -15,6 +16,8 @@ numba.set_num_threads(1)
 torch.set_num_threads(1)
 # what tests start as processes of their own; numba refuses a change of its variable
 os.environ["OMP_NUM_THREADS"] = "1"
+# who starts the tests in the background has Ctrl-C ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

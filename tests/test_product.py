@@ -10,6 +10,12 @@ from everlong.ops import product
 from everlong.ops.product import ROWS, linear
 
 
+def test_it_is_there() -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+    assert product._is_there()
+
+
 @pytest.mark.parametrize("rows", [0, 1, ROWS - 1, ROWS, ROWS + 1, 1_000])
 @pytest.mark.parametrize(("width", "outputs"), [(1, 1), (7, 13), (64, 256), (256, 64)])
 def test_it_is_the_plain_product(rows: int, width: int, outputs: int) -> None:

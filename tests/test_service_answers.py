@@ -77,3 +77,27 @@ def test_what_nobody_waits_for_is_cancelled() -> None:
         assert running.result() == 1
 
     asyncio.run(main())
+
+
+def test_a_loop_that_has_closed_does_not_keep_another_from_its_answers() -> None:
+    answers, late = Answers(), Future[int]()
+
+    async def gives_up() -> None:
+        late.set_running_or_notify_cancel()
+        with pytest.raises(TimeoutError):
+            await answers.of(late, 0.01)
+
+    asyncio.run(gives_up())
+    # its loop is gone
+    late.set_result(1)
+
+    async def asks() -> None:
+        future = Future[str]()
+        task = asyncio.ensure_future(answers.of(future, 5.0))
+        await asyncio.sleep(0)
+        thread = threading.Thread(target=future.set_result, args=["there"])
+        thread.start()
+        thread.join()
+        assert await task == "there"
+
+    asyncio.run(asks())

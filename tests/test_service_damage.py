@@ -195,6 +195,20 @@ def test_an_index_that_does_not_fit_its_table_is_refused(
     log.close()
 
 
+@pytest.mark.parametrize("offset", [-7, 0, 1_000])
+def test_a_row_that_somebody_added_is_found(tmp_path: Path, offset: int) -> None:
+    with closing(EventLog(tmp_path / "log.sqlite")) as log:
+        log.append(EVENTS[:20])
+        assert log.verify() == 20
+        log.connection.execute(
+            "INSERT INTO events SELECT ?, ?, user_id, item_id, time, fields, checksum "
+            "FROM events WHERE offset=1",
+            (offset, bytes(16)),
+        )
+        with pytest.raises(DamagedError):
+            log.verify()
+
+
 def test_what_is_not_a_whole_log_is_refused(
     whole: tuple[Path, Read, list[torch.Tensor]], tmp_path: Path
 ) -> None:

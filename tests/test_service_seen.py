@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from everlong.ids import IdMap
 from everlong.service.log import Event, EventLog
-from everlong.service.seen import Seen
+from everlong.service.seen import ROWS_EACH, Seen
 
 CATALOGUE = IdMap(pl.Series([f"i{number:02d}" for number in range(20)]))
 
@@ -57,7 +57,7 @@ def test_what_comes_later_is_added_in_its_place(log: EventLog) -> None:
         ),
         max_size=25,
     ),
-    capacity=st.sampled_from([1, 4, 1_000]),
+    capacity=st.sampled_from([1, 60, 1_000]),
 )
 def test_it_is_what_the_log_says(
     steps: list[Any], capacity: int, tmp_path_factory: pytest.TempPathFactory
@@ -91,15 +91,19 @@ def test_rows_are_those_of_the_catalogue_that_asks(log: EventLog) -> None:
 
 
 def test_no_more_is_kept_than_is_allowed(log: EventLog) -> None:
-    seen = Seen(lambda _: log.path, capacity=5)
+    seen = Seen(lambda _: log.path, capacity=2 * (ROWS_EACH + 2) + 1)
     for user in "abc":
         append(log, user, 1, 2)
         rows(seen, user)
     # who asked first goes first
-    assert len(seen) == 2
+    assert list(seen._kept) == ["b", "c"]
+    # of those who are not in the log nothing is kept
+    for number in range(9):
+        assert rows(seen, f"nobody{number}") == []
+    assert list(seen._kept) == ["b", "c"]
     append(log, "d", *range(8))
     assert len(rows(seen, "d")) == 8
-    assert len(seen) == 0
+    assert list(seen._kept) == ["d"]
     assert rows(seen, "a") == [1, 2]
     seen.close()
 

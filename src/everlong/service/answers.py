@@ -51,7 +51,12 @@ class Answers:
         # set back before the first is taken, so that none stays behind
         if not self._due:
             self._due = True
-            loop.call_soon_threadsafe(self._tell)
+            try:
+                loop.call_soon_threadsafe(self._tell)
+            except RuntimeError:
+                # the loop has closed, and who waited has gone with it
+                self._settled.clear()
+                self._due = False
 
     def _tell(self) -> None:
         """In the loop."""

@@ -55,6 +55,7 @@ def event_checksums_fit(
         and _kinds(keys, checksums) == {bytes}
         and _kinds(user_ids, item_ids, fields) <= {int, str}
         and set(map(len, keys)) == {16}
+        and set(map(len, checksums)) == {8}
     ):
         return False
     halves = np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)

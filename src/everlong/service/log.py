@@ -264,7 +264,8 @@ class LogReader:
 
     def _columns(self, last: int, size: int) -> Iterator[tuple[tuple[Any, ...], ...]]:
         """All rows up to an offset, field by field, whole."""
-        offset, query = 0, "SELECT * FROM events WHERE offset>? AND offset<=? LIMIT ?"
+        # from below the first one, so that what somebody has added there is found
+        offset, query = ~MAX_OFFSET, "SELECT * FROM events WHERE offset>? AND offset<=? LIMIT ?"
         while True:
             with self._told("read"):
                 rows = self.connection.execute(query, (offset, last, size)).fetchall()

@@ -20,6 +20,9 @@ from everlong.service.log import Id, LogReader
 CAPACITY = 1 << 20
 """Most rows that are kept, 8 bytes each."""
 
+ROWS_EACH = 48
+"""What a user takes beside the rows, in rows."""
+
 
 class _Own(NamedTuple):
     """What a user has seen up to an offset of the log."""
@@ -33,7 +36,7 @@ class Seen:
 
     Args:
         path_of: the log of a user.
-        capacity: most rows that are kept.
+        capacity: most rows that are kept; a user counts as some more.
     """
 
     def __init__(self, path_of: Callable[[Id], Path], *, capacity: int = CAPACITY) -> None:
@@ -89,15 +92,17 @@ class Seen:
     def _keep(self, user_id: Id, own: _Own) -> None:
         """Puts a user last, and lets go of the first ones if there are too many rows."""
         self._drop(user_id)
-        self._kept[user_id] = own
-        self._size += own.rows.size
-        while self._size > self.capacity or len(self._kept) > self.capacity:
+        # of who is not in the log nothing is kept: anybody could make up ids
+        if own.offset:
+            self._kept[user_id] = own
+            self._size += own.rows.size + ROWS_EACH
+        while self._size > self.capacity:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, user_id: Id) -> None:
         own = self._kept.pop(user_id, None)
         if own is not None:
-            self._size -= own.rows.size
+            self._size -= own.rows.size + ROWS_EACH
 
 
 def _with(rows: np.ndarray, new: list[tuple[int, Id]], item_ids: IdMap) -> np.ndarray:

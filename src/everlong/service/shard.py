@@ -144,6 +144,8 @@ class Shard:
         self._erased_since: dict[str, set[Id]] = {}
         self._ended = False
         self._flushing, self._closing = threading.Lock(), threading.Event()
+        # threads of compiled loops are of the whole process: they must not step back with a writer
+        numba.get_num_threads()
         self._threads = [
             threading.Thread(target=act, name=f"{name} {path.name}")
             for name, act in (("writer", self._write), ("flush", self._flush))
@@ -336,7 +338,7 @@ class Shard:
         while not stopping:
             group, stopping = self._next_group()
             self._serve(group)
-            if not group and not self.writable:
+            if not self.writable and not any(work.events for work in group):
                 self._try_to_write()
             self._checkpoint_some()
         self._finish()
