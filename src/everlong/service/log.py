@@ -307,7 +307,7 @@ class LogReader:
     def verify(self) -> int:
         """Reads the whole file and compares it with what was kept; returns how many events it has.
 
-        It sees the log as it is at one moment, while the writer goes on. Takes about 15 s a million
+        It sees the log as it is at one moment, while the writer goes on. Takes about 5 s a million
         events.
 
         Raises:
