@@ -561,8 +561,7 @@ def make_folder(folder: Path) -> None:
 
 
 def _plus(total: int, *checksums: bytes) -> int:
-    numbers: tuple[int, ...] = struct.unpack(f"<{len(checksums)}Q", b"".join(checksums))
-    return (total + sum(numbers)) & MASK
+    return (total + sum(int.from_bytes(one, "little") for one in checksums)) & MASK
 
 
 def _minus(total: int, checksum: bytes) -> int:

@@ -19,7 +19,7 @@ from everlong.service.log import Id, LogReader, Slice
 
 SLICE, STEP = 1_024, 8_192
 """Events that are taken from the log at once: of a whole log so few that they stay in the caches of
-a core, and of what follows as many as the writer takes together."""
+a core, of what an arena lacks more, because each time costs a look at its users."""
 
 EVENTS_IN_MEMORY = 1 << 25
 """A log of more is read several times, each time for some of the users."""
