@@ -55,8 +55,10 @@ class Best(NamedTuple):
     items: Tensor
 
 
-Pairs = tuple[Tensor, Tensor]
-"""Users (rows of the call) and items that must not be listed for them, ``[E]`` each."""
+NOTHING = np.empty(0, dtype=np.int64)
+
+Rows = Sequence[np.ndarray]
+"""Items that must not be listed, ``[n]`` rising for each user."""
 
 
 class Catalogue:
@@ -106,7 +108,7 @@ class Catalogue:
         exact_scores(self.weight.numpy(), self.bias.numpy(), users, rows, found)
         return torch.from_numpy(found)
 
-    def best(self, user: Tensor, k: int, exclude: Pairs | None = None) -> Best:
+    def best(self, user: Tensor, k: int, exclude: Rows | None = None) -> Best:
         """The ``min(k, I)`` best items of users ``[B, D]``, the lower row first among equals.
 
         Raises:
@@ -119,10 +121,10 @@ class Catalogue:
                 "user vectors must be finite numbers, received NaN or infinity; the model's "
                 "parameters or state have diverged: rebuild the state"
             )
-        rows, items = exclude or (torch.zeros(0, dtype=torch.int64),) * 2
+        exclude = exclude or [NOTHING] * len(user)
         if self.index is not None:
-            return self._nearly_best(self.index, user.float(), k, rows, items)
-        return self._best(user.float(), k, rows, items)
+            return self._nearly_best(self.index, user.float(), k, exclude)
+        return self._best(user.float(), k, exclude)
 
     def among(self, user: Tensor, k: int, items: Tensor) -> Best:
         """The best ``k`` of some items (different rows ``[n]``) for one user ``[1, D]``."""
@@ -145,13 +147,15 @@ class Catalogue:
 
     # exactly
 
-    def _best(self, user: Tensor, k: int, rows: Tensor, items: Tensor) -> Best:
+    def _best(self, user: Tensor, k: int, exclude: Rows) -> Best:
         k = min(k, len(self))
         if len(user) == 0 or not self.coarse:
-            return Best(*top_k_items(user, self.weight, self.bias, k, exclude=(rows, items)))
+            pairs = pairs_of(exclude)
+            return Best(*top_k_items(user, self.weight, self.bias, k, exclude=pairs))
         # arrays from here on: for a user or two, calls of tensors would take longer than the search
         users, weight, bias = user.contiguous().numpy(), self.weight.numpy(), self.bias.numpy()
-        excluded, cuts = _by_user(rows.numpy(), items.numpy(), len(users))
+        cuts = np.cumsum([0, *(own.size for own in exclude)])
+        excluded = np.concatenate(exclude)
         keep = min(k + k // 2 + SPARE, len(self))
         coarse = np.full((len(users), keep), -np.inf, dtype=np.float32)
         named = np.full((len(users), keep), NONE)
@@ -165,8 +169,8 @@ class Catalogue:
         all_scored = np.isneginf(lowest)
         limit = self._error.highest(np.where(all_scored, 0, lowest), users)
         for row in np.flatnonzero(~(all_scored | (scores[:, k - 1] > limit))).tolist():
-            own = excluded[cuts[row] : cuts[row + 1]]
-            again = self._best_above(user[row : row + 1], k, own, float(scores[row, k - 1]))
+            floor = float(scores[row, k - 1])
+            again = self._best_above(user[row : row + 1], k, exclude[row], floor)
             best.scores[row], best.items[row] = again.scores[0], again.items[0]
         return best
 
@@ -201,12 +205,12 @@ class Catalogue:
             ImportError: without the extra ``ann``.
         """
         k = min(RECALL_AT, len(self))
-        none = torch.zeros(0, dtype=torch.int64)
-        wanted = self._best(queries.float(), k, none, none).items
+        nothing = [NOTHING] * len(queries)
+        wanted = self._best(queries.float(), k, nothing).items
         index = Index(self.weight, self._own_bias)
         index.hide(self.bias.isneginf().nonzero()[:, 0])
         for index.probes in probes:
-            found = self._named(index, queries.float(), k, none, none, 0).items
+            found = self._named(index, queries.float(), k, nothing).items
             self.recall = _recall(wanted, found)
             if self.recall >= RECALL:
                 self.index = index
@@ -220,26 +224,21 @@ class Catalogue:
         )
         return False
 
-    def _nearly_best(self, index: Index, user: Tensor, k: int, rows: Tensor, items: Tensor) -> Best:
+    def _nearly_best(self, index: Index, user: Tensor, k: int, exclude: Rows) -> Best:
         k = min(k, len(self))
-        left_out = torch.bincount(rows, minlength=len(user))
-        most = int(left_out.max()) if len(user) else 0
-        if _named_for(k) + most > MOST_NAMED:
-            return self._best(user, k, rows, items)
-        best = self._named(index, user, k, rows, items, most)
+        if _named_for(k) + _most(exclude) > MOST_NAMED:
+            return self._best(user, k, exclude)
+        best = self._named(index, user, k, exclude)
         short = best.scores[:, -1].isneginf().nonzero()[:, 0]
         if short.numel():
-            place = torch.full((len(user),), NONE).index_copy(0, short, torch.arange(len(short)))
-            own = place[rows] >= 0
-            again = self._best(user[short], k, place[rows[own]], items[own])
+            again = self._best(user[short], k, [exclude[row] for row in short.tolist()])
             best.scores[short], best.items[short] = again
         return best
 
-    def _named(
-        self, index: Index, user: Tensor, k: int, rows: Tensor, items: Tensor, more: int
-    ) -> Best:
-        """The best of what the index names, which is ``more`` than what the list needs."""
-        named = index.nearest(user, min(_named_for(k) + more, len(self))).sort(dim=1)[0]
+    def _named(self, index: Index, user: Tensor, k: int, exclude: Rows) -> Best:
+        """The best of what the index names, with room for what is left out."""
+        most = min(_named_for(k) + _most(exclude), len(self))
+        named, (rows, items) = index.nearest(user, most).sort(dim=1)[0], pairs_of(exclude)
         scores = self.scores(user, named)
         # one number for a user and an item
         out = torch.isin(
@@ -274,19 +273,10 @@ class _Error(NamedTuple):
         return limit
 
 
-def _by_user(rows: np.ndarray, items: np.ndarray, users: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items of pairs user by user, rising, and where those of each user begin."""
-    # they mostly come so
-    if not _ordered(rows, items):
-        order = np.lexsort((items, rows))
-        rows, items = rows[order], items[order]
-    return items, np.searchsorted(rows, np.arange(users + 1))
-
-
-def _ordered(rows: np.ndarray, items: np.ndarray) -> bool:
-    """Whether pairs come user by user, items rising."""
-    same = rows[1:] == rows[:-1]
-    return bool(np.all(np.where(same, items[1:] >= items[:-1], rows[1:] > rows[:-1])))
+def pairs_of(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Users and items ``[E]`` each, as scores of all users at once are masked by."""
+    users = np.repeat(np.arange(len(rows)), [own.size for own in rows])
+    return torch.from_numpy(users), torch.from_numpy(np.concatenate([NOTHING, *rows]))
 
 
 class Index:
@@ -344,6 +334,11 @@ def made_up(vectors: Tensor, length: float, count: int) -> Tensor:
     found = vectors[some].mean(1)
     found += 0.1 * found.std() * torch.randn(found.shape, generator=seeded)
     return functional.normalize(found, dim=1) * (length or float(vectors.norm(dim=1).mean()))
+
+
+def _most(exclude: Rows) -> int:
+    """Of the items that are left out for one user, the largest number."""
+    return max((own.size for own in exclude), default=0)
 
 
 def _named_for(k: int) -> int:

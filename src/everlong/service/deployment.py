@@ -20,7 +20,7 @@ from everlong.ids import IdMap
 from everlong.model import UserModel
 from everlong.recommender import Recommender, load
 from everlong.service.arena import Arena
-from everlong.service.catalogue import Catalogue, Pairs, made_up
+from everlong.service.catalogue import NOTHING, Catalogue, Rows, made_up, pairs_of
 from everlong.service.log import Id, Slice
 from everlong.state import State
 from everlong.topk import NONE, mask_items, top_k
@@ -33,10 +33,6 @@ INDEX_FROM = 1_000_000
 
 QUERIES = 256
 """Searches on which an index is tried."""
-
-
-NOTHING = np.empty(0, dtype=np.int64)
-"""No rows."""
 
 
 class Listed(NamedTuple):
@@ -146,7 +142,7 @@ class Deployment:
             self.catalogue.hide(self._hidden)
 
     def recommend(
-        self, state: State, wanted: Sequence[Wanted], seen: Sequence[np.ndarray] | None = None
+        self, state: State, wanted: Sequence[Wanted], seen: Rows | None = None
     ) -> list[Listed]:
         """A list for each of ``B`` users from their states ``[B]``.
 
@@ -170,9 +166,7 @@ class Deployment:
             found.update(zip(rows, self._recommend(part, some, out), strict=True))
         return [found[row] for row in range(len(wanted))]
 
-    def _recommend(
-        self, state: State, wanted: Sequence[Wanted], without: Sequence[np.ndarray]
-    ) -> list[Listed]:
+    def _recommend(self, state: State, wanted: Sequence[Wanted], without: Rows) -> list[Listed]:
         """The lists of users of whom all say a time, or none."""
         when = torch.tensor([one.at for one in wanted]) if wanted[0].at is not None else None
         with torch.no_grad():
@@ -180,7 +174,7 @@ class Deployment:
                 user = self.model.user(state, when)
                 return self._searched(self.catalogue, user, wanted, without)
             most = max(one.k for one in wanted)
-            scores = mask_items(self.model.score(state, at=when), *_pairs(without))
+            scores = mask_items(self.model.score(state, at=when), *pairs_of(without))
             scores = self._only(scores.index_fill_(1, self._hidden, -torch.inf), wanted)
             if isinstance(self.model, TwoStage):
                 named = top_k(scores, max(most, self.model.config.candidates))[1]
@@ -194,7 +188,7 @@ class Deployment:
         catalogue: Catalogue,
         user: Tensor,
         wanted: Sequence[Wanted],
-        without: Sequence[np.ndarray],
+        without: Rows,
     ) -> list[Listed]:
         """Lists for user vectors ``[B, D]``."""
         found: dict[int, Listed] = {}
@@ -203,7 +197,7 @@ class Deployment:
             some = [wanted[row] for row in free]
             most = max(one.k for one in some)
             mine = user if len(free) == len(user) else user[free]
-            best = catalogue.best(mine, most, _pairs([without[row] for row in free]))
+            best = catalogue.best(mine, most, [without[row] for row in free])
             found.update(zip(free, self._listed(some, *best), strict=True))
         for row, one in enumerate(wanted):
             if one.among is not None:
@@ -253,7 +247,7 @@ class Deployment:
         rows_of = self.item_ids.row_of
         return [rows_of[item] for item in items if item in rows_of]
 
-    def _left_out(self, wanted: Sequence[Wanted], seen: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _left_out(self, wanted: Sequence[Wanted], seen: Rows) -> list[np.ndarray]:
         """Rows that must not come for each user, rising."""
         return [
             np.union1d(rows, np.array(self._known(one.leave_out), dtype=np.int64))
@@ -281,12 +275,6 @@ class Deployment:
             ]
             lists.append(Listed([item for item, _ in there], [value for _, value in there]))
         return lists
-
-
-def _pairs(without: Sequence[np.ndarray]) -> Pairs:
-    """Users and rows that must not come for them."""
-    users = np.repeat(np.arange(len(without)), [rows.size for rows in without])
-    return torch.from_numpy(users), torch.from_numpy(np.concatenate(without))
 
 
 def state_digest(model: UserModel, item_ids: IdMap) -> bytes:

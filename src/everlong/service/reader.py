@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from everlong.service.deployment import NOTHING, Deployment, Listed, Wanted
+from everlong.service.catalogue import NOTHING
+from everlong.service.deployment import Deployment, Listed, Wanted
 from everlong.service.log import Id
 from everlong.service.priority import step_back
 from everlong.service.seen import Seen
