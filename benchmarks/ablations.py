@@ -29,20 +29,21 @@ import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from everlong.dataset import Dataset, gather
-from everlong.encode import encode_histories, serving
-from everlong.evaluate import evaluate
-from everlong.events import read_events
-from everlong.metrics import estimate, parse_metric
-from everlong.model import UserModel
-from everlong.models import config_class, load_model_class
+from everlong.data.dataset import Dataset, gather
+from everlong.data.events import read_events
+from everlong.data.split import PAPER, Segments, Split, split
+from everlong.data.synthetic import long_dependency
+from everlong.evaluation.metrics import estimate, parse_metric
+from everlong.evaluation.next_item import evaluate
+from everlong.inference.encode import encode_histories
+from everlong.inference.topk import mask_items, rank_of
+from everlong.models.device import serving
 from everlong.models.persrec_paper import PaperPerSRec
-from everlong.provenance import hardware, versions
-from everlong.sources.synthetic import long_dependency
-from everlong.split import PAPER, Segments, Split, split
-from everlong.state import put, take
-from everlong.topk import mask_items, rank_of
-from everlong.train import TrainConfig, train
+from everlong.models.registry import config_class, load_model_class
+from everlong.models.state import put, take
+from everlong.models.user_model import UserModel
+from everlong.system.provenance import hardware, versions
+from everlong.training.next_item import TrainConfig, train
 from long_history import DROPOUT, PAST, RECENT, SHAPE, build, whole
 from quality import DATA_DIR, read_log
 from record import RESULTS

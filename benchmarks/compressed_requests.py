@@ -33,9 +33,8 @@ import numba
 import torch
 import typer
 
-from everlong.batch import Batch
-from everlong.encode import serving
-from everlong.model import UserModel
+from everlong.models.batch import Batch
+from everlong.models.device import serving
 from everlong.models.hllm import HLLM, HLLMConfig
 from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.persrec import PerSRec, PerSRecConfig
@@ -46,7 +45,8 @@ from everlong.models.persrec_hllm import (
     PerSRecHLLMConfig,
 )
 from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
-from everlong.state import bytes_per_user
+from everlong.models.state import bytes_per_user
+from everlong.models.user_model import UserModel
 from record import write_result
 
 ITEMS, PAST, RECENT, TOKENS = 10_000, 1_024, 256, 4

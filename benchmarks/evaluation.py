@@ -10,10 +10,10 @@ import time
 
 import torch
 
-from everlong.encode import encode_histories
-from everlong.evaluate import evaluate
+from everlong.data.split import PAPER, split
+from everlong.evaluation.next_item import evaluate
+from everlong.inference.encode import encode_histories
 from everlong.models.lru import LRU, LRUConfig
-from everlong.split import PAPER, split
 from record import write_result
 from training import log_like_ml1m
 

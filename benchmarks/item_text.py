@@ -33,22 +33,22 @@ import polars as pl
 import torch
 import typer
 
-from everlong.dataset import Dataset
-from everlong.encode import serving
-from everlong.encoders.sentence import SentenceEncoder
-from everlong.events import Events, read_events
-from everlong.ids import IdMap
-from everlong.item_text import encode_items
-from everlong.items import ItemTable, read_items
-from everlong.metrics import estimate, parse_metric
-from everlong.models import load_model_class
+from everlong.data.dataset import Dataset
+from everlong.data.events import Events, read_events
+from everlong.data.ids import IdMap
+from everlong.data.items import ItemTable, read_items
+from everlong.data.split import PAPER, TEMPORAL, Protocol, split
+from everlong.evaluation.metrics import estimate, parse_metric
+from everlong.models.device import serving
 from everlong.models.item_vectors import item_vectors
-from everlong.pipeline import fit, make_model
-from everlong.provenance import hardware, versions
-from everlong.recommender import Recommender
-from everlong.split import PAPER, TEMPORAL, Protocol, split
-from everlong.state import bytes_per_user
-from everlong.train import TrainConfig, train
+from everlong.models.registry import load_model_class
+from everlong.models.state import bytes_per_user
+from everlong.recommender.fit import fit, make_model
+from everlong.recommender.recommender import Recommender
+from everlong.system.provenance import hardware, versions
+from everlong.text.item_text import encode_items
+from everlong.text.sentence import SentenceEncoder
+from everlong.training.next_item import TrainConfig, train
 from quality import DATA_DIR, protocol_for, read_log
 from record import RESULTS, write_result
 from tables import insert, spread

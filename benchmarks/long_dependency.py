@@ -30,18 +30,18 @@ import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from everlong.dataset import Dataset
-from everlong.evaluate import evaluate
-from everlong.events import read_events
-from everlong.model import UserModel
+from everlong.data.dataset import Dataset
+from everlong.data.events import read_events
+from everlong.data.split import PAPER, Rows, Segments, Split, Targets, split
+from everlong.data.synthetic import SyntheticLog, long_dependency
+from everlong.evaluation.next_item import evaluate
 from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.lru import LRU, LRUConfig
 from everlong.models.persrec import PerSRec, PerSRecConfig
 from everlong.models.sasrec import SASRec, SASRecConfig
-from everlong.sources.synthetic import SyntheticLog, long_dependency
-from everlong.split import PAPER, Rows, Segments, Split, Targets, split
-from everlong.state import bytes_per_user
-from everlong.train import TrainConfig, train
+from everlong.models.state import bytes_per_user
+from everlong.models.user_model import UserModel
+from everlong.training.next_item import TrainConfig, train
 from record import RESULTS, write_result
 
 # repeats stay, so that distances are exact

@@ -30,18 +30,18 @@ import numpy as np
 import torch
 import typer
 
-from everlong.batch import Batch
-from everlong.dataset import Dataset
-from everlong.encode import serving
-from everlong.evaluate import Evaluation, evaluate
-from everlong.metrics import estimate, parse_metric
-from everlong.model import UserModel
-from everlong.models import config_class, load_model_class
+from everlong.data.dataset import Dataset
+from everlong.data.split import Protocol, Split, split
+from everlong.evaluation.metrics import estimate, parse_metric
+from everlong.evaluation.next_item import Evaluation, evaluate
+from everlong.models.batch import Batch
+from everlong.models.device import serving
 from everlong.models.persrec import PerSRec
-from everlong.provenance import hardware, versions
-from everlong.split import Protocol, Split, split
-from everlong.state import State, bytes_per_user
-from everlong.train import TrainConfig, train
+from everlong.models.registry import config_class, load_model_class
+from everlong.models.state import State, bytes_per_user
+from everlong.models.user_model import UserModel
+from everlong.system.provenance import hardware, versions
+from everlong.training.next_item import TrainConfig, train
 from quality import DATA_DIR, protocol_for, read_log, recipe
 from record import RESULTS, write_result
 from tables import insert, spread

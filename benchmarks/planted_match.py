@@ -22,12 +22,12 @@ import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from everlong.batch import Batch, RequestBatch
+from everlong.models.batch import Batch, RequestBatch
 from everlong.models.ifa import IFA, IFAConfig
 from everlong.models.ranker import Ranker
 from everlong.models.target_attention import TargetAttention, TargetAttentionConfig
-from everlong.provenance import hardware, versions
-from everlong.ranking_losses import Shares, ranking_loss
+from everlong.system.provenance import hardware, versions
+from everlong.training.ranking_losses import Shares, ranking_loss
 from record import RESULTS
 
 KEYS, FILLERS, SHOWN = 16, 200, 5

@@ -19,9 +19,9 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import everlong
-from everlong.events import Events, read_events
-from everlong.pipeline import PROTOCOLS
-from everlong.split import Protocol
+from everlong.data.events import Events, read_events
+from everlong.data.split import Protocol
+from everlong.recommender.fit import PROTOCOLS
 
 DATA_DIR = Path(__file__).parents[2] / "shared" / "data"
 RESULTS = Path(__file__).parent / "results" / "quality"

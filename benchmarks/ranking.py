@@ -31,31 +31,26 @@ import polars as pl
 import torch
 import typer
 
-from everlong.encode import serving
-from everlong.events import Events, read_events
-from everlong.items import ItemTable, read_items
-from everlong.models.ifa import IFA, IFAConfig
-from everlong.models.ranker import Ranker
-from everlong.models.target_attention import TargetAttention, TargetAttentionConfig
-from everlong.ops.sets import Sets
-from everlong.provenance import hardware, versions
-from everlong.ranking import Ranked, by_history_length, evaluate_ranking
-from everlong.requests import (
+from everlong.data.events import Events, read_events
+from everlong.data.items import ItemTable, read_items
+from everlong.data.requests import (
     RequestDataset,
     Requests,
     RequestSplit,
     requests_from_events,
     split_requests,
 )
-from everlong.state import bytes_per_user
-from everlong.train_ranker import (
-    RankerTrainConfig,
-    add_candidates,
-    fill_items,
-    item_features,
-    score_requests,
-    train_ranker,
-)
+from everlong.evaluation.ranker import Ranked, by_history_length, evaluate_ranking
+from everlong.evaluation.requests import score_requests
+from everlong.models.device import serving
+from everlong.models.ifa import IFA, IFAConfig
+from everlong.models.ranker import Ranker
+from everlong.models.state import bytes_per_user
+from everlong.models.target_attention import TargetAttention, TargetAttentionConfig
+from everlong.ops.sets import Sets
+from everlong.recommender.fit_ranker import fill_items, item_features
+from everlong.system.provenance import hardware, versions
+from everlong.training.ranker import RankerTrainConfig, add_candidates, train_ranker
 from quality import DATA_DIR
 from record import RESULTS
 from tables import insert, spread

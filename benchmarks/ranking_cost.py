@@ -29,12 +29,13 @@ import numba
 import torch
 from torch.nn.functional import elu, scaled_dot_product_attention
 
-from everlong.batch import Batch, RequestBatch
-from everlong.encode import serving
+from everlong.models.batch import Batch, RequestBatch
+from everlong.models.device import serving
 from everlong.models.ifa import IFA, IFAConfig
-from everlong.ops.linear_attention import Asked, History, Sums, linear_attention
-from everlong.ranking_losses import Shares, ranking_loss
-from everlong.state import bytes_per_user
+from everlong.models.state import bytes_per_user
+from everlong.ops.attention_types import Asked, History, Sums
+from everlong.ops.linear_attention import linear_attention
+from everlong.training.ranking_losses import Shares, ranking_loss
 from record import write_result
 
 DIM, HEADS = 64, 4

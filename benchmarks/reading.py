@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 import typer
 
-from everlong.index import open_events
+from everlong.data.event_cache import open_events
 from record import peak_mib, write_result
 
 EVENTS, USERS, ITEMS = 10_000_000, 500_000, 100_000

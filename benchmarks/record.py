@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from everlong.provenance import hardware, versions
+from everlong.system.provenance import hardware, versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -38,15 +38,16 @@ import polars as pl
 import torch
 import typer
 
-from everlong.ids import IdMap
+from everlong.data.ids import IdMap
+from everlong.data.split import PAPER
 from everlong.models.lru import LRU, LRUConfig
-from everlong.recommender import Origin, Recommender
-from everlong.service import checksum, log
-from everlong.service.deployment import Deployment
-from everlong.service.log import Event, EventLog
-from everlong.service.service import Service
-from everlong.split import PAPER
-from everlong.train import TrainConfig
+from everlong.recommender.origin import Origin
+from everlong.recommender.recommender import Recommender
+from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.service import Service
+from everlong.server.store import checksum, log
+from everlong.server.store.log import Event, EventLog
+from everlong.training.next_item import TrainConfig
 from open_loop import Answers, Load, arrivals, percentiles_ms, send, summary
 from record import RESULTS, write_result
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import typer
 
-from everlong.model import ItemHead
-from everlong.service.catalogue import Catalogue, made_up, pairs_of
-from everlong.topk import top_k_items
+from everlong.inference.catalogue import Catalogue, made_up, pairs_of
+from everlong.inference.topk import top_k_items
+from everlong.models.user_model import ItemHead
 from record import write_result
 
 DIM, K, SEEN = 64, 10, 50

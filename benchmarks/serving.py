@@ -18,14 +18,13 @@ import numpy as np
 import polars as pl
 import torch
 
-from everlong.batch import Batch
-from everlong.encode import serving
-from everlong.events import read_events
-from everlong.ids import IdMap
+from everlong.data.events import read_events
+from everlong.data.ids import IdMap
+from everlong.models.batch import Batch
+from everlong.models.device import serving
 from everlong.models.lru import LRU, LRUConfig
-from everlong.recommender import read_into
-from everlong.state import bytes_per_user
-from everlong.users import UserTable
+from everlong.models.state import bytes_per_user
+from everlong.recommender.users import UserTable, read_into
 from record import write_result
 
 ITEMS = 3_416

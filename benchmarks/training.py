@@ -25,12 +25,12 @@ import torch
 import typer
 from torch import Tensor
 
-from everlong.dataset import Dataset
-from everlong.events import Events, read_events
-from everlong.losses import full_softmax
+from everlong.data.dataset import Dataset
+from everlong.data.events import Events, read_events
+from everlong.data.split import PAPER, Segments, Split, split
 from everlong.models.lru import LRU, LRUConfig
-from everlong.split import PAPER, Segments, Split, split
-from everlong.train import TrainConfig, train
+from everlong.training.losses import full_softmax
+from everlong.training.next_item import TrainConfig, train
 from published_lru import PublishedLRU
 from record import peak_mib, write_result
 

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from everlong.encode import encode_histories, serving
-from everlong.evaluate import evaluate
-from everlong.metrics import estimate, parse_metric
+from everlong.data.split import Split, split
+from everlong.evaluation.metrics import estimate, parse_metric
+from everlong.evaluation.next_item import evaluate
+from everlong.inference.encode import encode_histories
+from everlong.inference.topk import mask_items, rank_of
+from everlong.models.device import serving
 from everlong.models.lru import LRU, LRUConfig
-from everlong.split import Split, split
-from everlong.topk import mask_items, rank_of
 from quality import DATA_DIR, protocol_for, read_log
 from record import write_result
 

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from everlong import PAPER, TrainConfig, read_events
-from everlong.batch import Batch
-from everlong.dataset import Dataset
-from everlong.evaluate import Evaluation, evaluate
-from everlong.model import ItemHead, UserModel
+from everlong.data.dataset import Dataset
+from everlong.data.split import split
+from everlong.data.synthetic import markov_chain
+from everlong.evaluation.next_item import Evaluation, evaluate
+from everlong.models.batch import Batch
+from everlong.models.user_model import ItemHead, UserModel
 from everlong.ops.linear_scan import linear_scan
-from everlong.sources import markov_chain
-from everlong.split import split
 from everlong.testing import check_model
-from everlong.train import train
+from everlong.training.next_item import train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@
 A model is fitted under the protocol ``temporal``: all events after a point in time are targets.
 The service gets the events before it, and then the rest, one at a time in the order of time. Just
 before a target it is asked for recommendations at the target's time; where the target stands in
-that list is its rank. This is what ``everlong.evaluate`` does offline, so both agree rank by rank:
+that list is its rank. This is what the offline evaluation does, so both agree
+rank by rank:
 
 - The state before a target is that of all events before it: what was acknowledged is in the state.
 - Events of one user at one time are sent in the order that the log was read in, which is the order
@@ -38,15 +39,15 @@ import typer
 import uvicorn
 
 from everlong import TEMPORAL, Events, fit, load, read_events
-from everlong.client import Client
-from everlong.evaluate import Evaluation, evaluate
-from everlong.metrics import DEFAULT, Estimate, estimate
-from everlong.service.app import make_app
-from everlong.service.deployment import Deployment
-from everlong.service.messages import MAX_K, ListOut
-from everlong.service.service import Service
-from everlong.sources import markov_chain
-from everlong.split import Rows, Split, split
+from everlong.client.client import Client
+from everlong.data.split import Rows, Split, split
+from everlong.data.synthetic import markov_chain
+from everlong.evaluation.metrics import DEFAULT, Estimate, estimate
+from everlong.evaluation.next_item import Evaluation, evaluate
+from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.service import Service
+from everlong.server.http.app import make_app
+from everlong.server.http.messages import MAX_K, ListOut
 
 SHOWN = ("NDCG@10", "Recall@10", "MRR@10")
 
@@ -132,7 +133,7 @@ def compare(client: Client, folder: Path, events: Events) -> Replayed:
 @contextmanager
 def process(model: Path, data: Path) -> Iterator[str]:
     """The address of a service that runs as a process of its own."""
-    command = [sys.executable, "-c", "from everlong.cli import app; app()", "serve", str(model)]
+    command = [sys.executable, "-c", "from everlong.cli.app import app; app()", "serve", str(model)]
     command += ["--data-dir", str(data), "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(  # noqa: S603 (the command is our own)

@@ -23,7 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Folders of two models of one log, that differ in their seed; nobody writes to them."""
-    from service_models import fitted
+    from tests.server_models import fitted
 
     folders = [tmp_path_factory.mktemp("models") / name for name in ("a", "b")]
     for seed, folder in enumerate(folders):

@@ -11,17 +11,17 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from everlong.cli import app
-from everlong.models import (
+from everlong.cli.app import app
+from everlong.data.synthetic import demo_log
+from everlong.models.registry import (
     BUILTIN,
     RANKERS,
     config_class,
     load_model_class,
     load_ranker_class,
 )
-from everlong.sources import demo_log
-from everlong.state import bytes_per_user
-from everlong.train import TrainConfig
+from everlong.models.state import bytes_per_user
+from everlong.training.next_item import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,16 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from everlong.events import Events, read_events
-    from everlong.index import open_events
-    from everlong.interrupt import Interrupted
-    from everlong.items import ItemTable, read_items
-    from everlong.pipeline import fit
-    from everlong.ranking_pipeline import fit_ranker
-    from everlong.recommender import Recommender, UpdateReport, load
-    from everlong.split import PAPER, TEMPORAL, Protocol
-    from everlong.train import TrainConfig
-    from everlong.train_ranker import RankerTrainConfig
+    from everlong.data.event_cache import open_events
+    from everlong.data.events import Events, read_events
+    from everlong.data.items import ItemTable, read_items
+    from everlong.data.split import PAPER, TEMPORAL, Protocol
+    from everlong.recommender.fit import fit
+    from everlong.recommender.fit_ranker import fit_ranker
+    from everlong.recommender.recommender import Recommender, UpdateReport, load
+    from everlong.system.interrupt import Interrupted
+    from everlong.training.next_item import TrainConfig
+    from everlong.training.ranker import RankerTrainConfig
 
 __version__ = "0.1.0"
 
@@ -40,22 +40,22 @@ __all__ = [
 
 # imported at first use, so that `import everlong` and `everlong --help` do not wait for torch
 _HOMES = {
-    "PAPER": "everlong.split",
-    "TEMPORAL": "everlong.split",
-    "Events": "everlong.events",
-    "Interrupted": "everlong.interrupt",
-    "ItemTable": "everlong.items",
-    "Protocol": "everlong.split",
-    "RankerTrainConfig": "everlong.train_ranker",
-    "Recommender": "everlong.recommender",
-    "TrainConfig": "everlong.train",
-    "UpdateReport": "everlong.recommender",
-    "fit": "everlong.pipeline",
-    "fit_ranker": "everlong.ranking_pipeline",
-    "load": "everlong.recommender",
-    "open_events": "everlong.index",
-    "read_events": "everlong.events",
-    "read_items": "everlong.items",
+    "PAPER": "everlong.data.split",
+    "TEMPORAL": "everlong.data.split",
+    "Events": "everlong.data.events",
+    "Interrupted": "everlong.system.interrupt",
+    "ItemTable": "everlong.data.items",
+    "Protocol": "everlong.data.split",
+    "RankerTrainConfig": "everlong.training.ranker",
+    "Recommender": "everlong.recommender.recommender",
+    "TrainConfig": "everlong.training.next_item",
+    "UpdateReport": "everlong.recommender.recommender",
+    "fit": "everlong.recommender.fit",
+    "fit_ranker": "everlong.recommender.fit_ranker",
+    "load": "everlong.recommender.recommender",
+    "open_events": "everlong.data.event_cache",
+    "read_events": "everlong.data.events",
+    "read_items": "everlong.data.items",
 }
 
 

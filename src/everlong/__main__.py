@@ -1,5 +1,5 @@
 """``python -m everlong``: the command line."""
 
-from everlong.cli import app
+from everlong.cli.app import app
 
 app()

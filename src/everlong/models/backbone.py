@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.model import ItemHead
 from everlong.models.item_vectors import ItemConfig, ItemVectors
+from everlong.models.user_model import ItemHead
 from everlong.ops.dropout import Dropout
 from everlong.ops.pointwise_attention import Blocks
 

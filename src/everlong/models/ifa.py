@@ -26,8 +26,8 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from everlong import state as states
-from everlong.batch import Batch, RequestBatch
+from everlong.models import state as states
+from everlong.models.batch import Batch, RequestBatch
 from everlong.models.ranker import (
     FeedForward,
     Ranker,
@@ -39,17 +39,10 @@ from everlong.models.ranker import (
     one_by_one,
 )
 from everlong.ops import newest
+from everlong.ops.attention_types import Asked, History, Sums
 from everlong.ops.dropout import Dropout
 from everlong.ops.feature_maps import FeatureMap, MapName, feature_width
-from everlong.ops.linear_attention import (
-    Asked,
-    History,
-    Sums,
-    add_events,
-    add_one_each,
-    linear_attention,
-    merged,
-)
+from everlong.ops.linear_attention import add_events, add_one_each, linear_attention, merged
 from everlong.ops.sets import Sets
 
 MATCH = 1.5

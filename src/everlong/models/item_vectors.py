@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from everlong.model import UserModel
+from everlong.models.user_model import UserModel
 
 
 @dataclass(frozen=True, kw_only=True)

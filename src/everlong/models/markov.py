@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from everlong.batch import Batch
-from everlong.model import CountingModel
+from everlong.models.batch import Batch
+from everlong.models.user_model import CountingModel
 
 NO_ITEM = -1
 

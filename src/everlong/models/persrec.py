@@ -25,12 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from everlong import state as states
-from everlong.batch import Batch
-from everlong.model import ItemHead, UserModel, shift
+from everlong.models import state as states
 from everlong.models.backbone import Backbone, BackboneConfig, Sight
+from everlong.models.batch import Batch
 from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
 from everlong.models.ring import first_times, next_times
+from everlong.models.user_model import ItemHead, UserModel, shift
 from everlong.ops.pointwise_attention import Blocks
 from everlong.ops.spans import Spans, make_plan, split_runs
 

@@ -24,13 +24,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from everlong import state as states
-from everlong.batch import Batch
-from everlong.model import ItemHead, UserModel, shift
+from everlong.models import state as states
 from everlong.models.backbone import Backbone, BackboneConfig
+from everlong.models.batch import Batch
 from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
 from everlong.models.persrec import Reader, Segments, Summaries, check_depth, rows_of, runs
 from everlong.models.ring import first_times, next_times
+from everlong.models.user_model import ItemHead, UserModel, shift
 
 
 @dataclass(frozen=True, kw_only=True)

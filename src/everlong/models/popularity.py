@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everlong.batch import Batch
-from everlong.model import CountingModel, ItemHead
-from everlong.state import State
+from everlong.models.batch import Batch
+from everlong.models.state import State
+from everlong.models.user_model import CountingModel, ItemHead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong import state as states
-from everlong.batch import Batch, RequestBatch
-from everlong.model import UserModel
+from everlong.models import state as states
+from everlong.models.batch import Batch, RequestBatch
+from everlong.models.state import State
+from everlong.models.user_model import UserModel
 from everlong.ops import newest
 from everlong.ops.dropout import Dropout
 from everlong.ops.sets import Sets
-from everlong.state import State
 
 HOUR_S, DAY_S = 3_600, 86_400
 AGES = 32

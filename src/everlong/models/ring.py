@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everlong.batch import Batch
-from everlong.model import ItemHead, UserModel, shift
 from everlong.models.backbone import Backbone, BackboneConfig, Sight
+from everlong.models.batch import Batch
+from everlong.models.user_model import ItemHead, UserModel, shift
 from everlong.ops.spans import Spans, make_plan, split_runs
 
 

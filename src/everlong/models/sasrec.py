@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.batch import Batch
-from everlong.model import ItemHead, UserModel
+from everlong.models.batch import Batch
 from everlong.models.item_vectors import ItemConfig, ItemVectors
+from everlong.models.user_model import ItemHead, UserModel
 from everlong.ops.dropout import Dropout
 
 SHORT = 8

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.batch import Batch, RequestBatch
+from everlong.models.batch import Batch, RequestBatch
 from everlong.models.ranker import (
     Ranker,
     RankerConfig,

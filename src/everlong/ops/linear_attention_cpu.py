@@ -14,7 +14,7 @@ from numba import njit, prange
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from everlong.ops.linear_attention import Asked
+from everlong.ops.attention_types import Asked
 
 PARALLEL_NUMBERS = 1 << 16
 """Below so many numbers of queries and features waking other threads costs more than it saves."""

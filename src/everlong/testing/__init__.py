@@ -1,4 +1,4 @@
-"""The seven laws of a :class:`~everlong.model.UserModel`, checked on random events.
+"""The seven laws of a :class:`~everlong.models.user_model.UserModel`, checked on random events.
 
 A model that passes :func:`check_model` can be trained, evaluated and served by the rest of the
 package. Outside models call it in their own tests.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from everlong.model import UserModel
+from everlong.models.user_model import UserModel
 from everlong.testing.case import LAWS, NO_FIELDS, TOLERANCE, Case, Draw, LawBroken
 from everlong.testing.laws import CHECKS
 

@@ -10,10 +10,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from everlong import state as states
-from everlong.batch import Batch
-from everlong.model import UserModel
-from everlong.state import State
+from everlong.models import state as states
+from everlong.models.batch import Batch
+from everlong.models.state import State
+from everlong.models.user_model import UserModel
 
 LAWS: Mapping[int, str] = MappingProxyType(
     {

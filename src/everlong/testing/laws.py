@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everlong import state as states
-from everlong.batch import Batch
-from everlong.model import UserModel
-from everlong.state import State
+from everlong.models import state as states
+from everlong.models.batch import Batch
+from everlong.models.state import State
+from everlong.models.user_model import UserModel
 from everlong.testing.case import LATER_S, Case, arrays, graft, pick
 from everlong.testing.memory import changed_part, remember
 

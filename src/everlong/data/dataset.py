@@ -1,0 +1,203 @@
+"""Packed batches by event budget: of training segments, and of any ranges of events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from everlong.data.events import Events
+from everlong.data.split import Rows, Segments
+from everlong.models.batch import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """Events to read and which of them are labels.
+
+    Attributes:
+        events: one batch row a segment, or a piece of one.
+        labels: ``[N]`` bool, True where the event is to be predicted.
+        carried: row 0 goes on where the last row of the batch before it stopped, so it starts
+            from that row's state; all other rows start from a fresh state.
+        continues: the last row stops before its segment does, which goes on in the next batch.
+    """
+
+    events: Batch
+    labels: Tensor
+    carried: bool
+    continues: bool
+
+
+class Pieces(NamedTuple):
+    """Ranges packed into batches: a range longer than the budget comes in several pieces.
+
+    Batch ``m`` holds the pieces ``batch_offsets[m] .. batch_offsets[m + 1]``; a piece is the
+    part ``begin .. end`` of the range ``row``.
+    """
+
+    row: Rows  # [P]
+    begin: Rows  # [P]
+    end: Rows  # [P]
+    batch_offsets: Rows  # [M + 1]
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.batch_offsets) - 1
+
+
+class Dataset:
+    """Training segments of a log as packed batches, in an order drawn anew for each epoch.
+
+    Args:
+        events: the log; its arrays may be memory-mapped and are read batch by batch.
+        segments: what to train on; a segment without labels is left out.
+    """
+
+    def __init__(self, events: Events, segments: Segments) -> None:
+        with_labels = segments.stop > segments.label_start
+        self.events = events
+        self.segments = Segments(*(values[with_labels] for values in segments))
+
+    @property
+    def num_events(self) -> int:
+        """Events read in one epoch."""
+        return int((self.segments.stop - self.segments.start).sum())
+
+    @property
+    def num_labels(self) -> int:
+        """Labels in one epoch; each comes exactly once."""
+        return int((self.segments.stop - self.segments.label_start).sum())
+
+    def item_counts(self, num_items: int) -> Tensor:
+        """``[num_items]`` int64, how often each item is a label in one epoch.
+
+        Raises:
+            ValueError: if the labels have items beyond the catalogue of ``num_items``.
+        """
+        begin, stop = self.segments.label_start, self.segments.stop
+        size = self.events.num_events + 1
+        covered = np.cumsum(np.bincount(begin, minlength=size) - np.bincount(stop, minlength=size))
+        labels = np.repeat(self.events.items, covered[:-1])
+        counts = np.bincount(labels, minlength=num_items)
+        if len(counts) > num_items:
+            raise ValueError(
+                f"expected items of a catalogue of {num_items}, received item row "
+                f"{len(counts) - 1}; build the model with num_items={self.events.num_items}"
+            )
+        return torch.from_numpy(counts.astype(np.int64))
+
+    def plan(self, budget: int, *, seed: int, epoch: int) -> Pieces:
+        """Which part of which segment is in which batch of an epoch; the same for equal input."""
+        random = np.random.Generator(np.random.PCG64([seed, epoch]))
+        order = random.permutation(len(self.segments.start))
+        lengths = (self.segments.stop - self.segments.start)[order]
+        plan = pieces(lengths, budget)
+        return plan._replace(row=order[plan.row])
+
+    def num_batches(self, budget: int, *, seed: int, epoch: int) -> int:
+        """Batches of an epoch."""
+        return self.plan(budget, seed=seed, epoch=epoch).num_batches
+
+    def batches(
+        self, budget: int, *, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[TrainBatch]:
+        """The batches of an epoch.
+
+        Args:
+            budget: most events of a batch. A segment that does not fit begins the next batch,
+                one longer than the budget is cut into pieces in batches that follow each other.
+            seed: with ``epoch``, decides the order of the segments.
+            epoch: counted from 0.
+            start: batches to skip, without building them.
+
+        Raises:
+            ValueError: if ``budget`` is below 1, or ``start`` is not one of 0 .. num_batches.
+        """
+        plan = self.plan(budget, seed=seed, epoch=epoch)
+        if not 0 <= start <= plan.num_batches:
+            raise ValueError(
+                f"expected start between 0 and {plan.num_batches}, the batches of this epoch, "
+                f"received {start}; resume with the budget that the run began with"
+            )
+        return (self._batch(plan, number) for number in range(start, plan.num_batches))
+
+    def _batch(self, plan: Pieces, number: int) -> TrainBatch:
+        chosen = slice(plan.batch_offsets[number], plan.batch_offsets[number + 1])
+        row = plan.row[chosen]
+        start = self.segments.start[row] + plan.begin[chosen]
+        stop = self.segments.start[row] + plan.end[chosen]
+        position = _positions(start, stop)
+        label_start = np.repeat(self.segments.label_start[row], stop - start)
+        return TrainBatch(
+            events=gather(self.events, start, stop),
+            labels=torch.from_numpy(position >= label_start),
+            carried=bool(plan.begin[chosen][0] > 0),
+            continues=bool(stop[-1] < self.segments.stop[row[-1]]),
+        )
+
+
+def pieces(lengths: Rows, budget: int) -> Pieces:
+    """Ranges of ``lengths [R]`` packed in their order into batches of at most ``budget`` events.
+
+    A range that does not fit begins the next batch. A range longer than the budget fills whole
+    batches alone but for its last piece, after which others follow. Empty ranges are left out.
+
+    Raises:
+        ValueError: if ``budget`` is below 1.
+    """
+    if budget < 1:
+        raise ValueError(f"expected a budget of at least 1 event a batch, received {budget}")
+    count = -(-lengths // budget)
+    row = np.repeat(np.arange(len(lengths), dtype=np.int64), count)
+    first_piece = np.repeat(np.cumsum(count) - count, count)
+    begin = (np.arange(len(row), dtype=np.int64) - first_piece) * budget
+    end = np.minimum(begin + budget, lengths[row])
+    return Pieces(row, begin, end, _batch_offsets(end - begin, budget))
+
+
+def _batch_offsets(sizes: Rows, budget: int) -> Rows:
+    """``[M + 1]`` where each batch begins, filled greedily with pieces of ``sizes [P]``."""
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    # for every piece, the batch that would begin there ends at ...; then follow the chain
+    next_batch = (np.searchsorted(ends, ends[:-1] + budget, side="right") - 1).tolist()
+    offsets = [0]
+    while offsets[-1] < len(sizes):
+        offsets.append(next_batch[offsets[-1]])
+    return np.asarray(offsets, dtype=np.int64)
+
+
+def gather(events: Events, start: Rows, stop: Rows) -> Batch:
+    """The events ``start[b] .. stop[b]`` of the log as row ``b`` of a batch, all in one copy.
+
+    Args:
+        events: the log; its arrays may be memory-mapped.
+        start: ``[B]`` positions in ``events.items``.
+        stop: ``[B]``; equal to ``start`` for a row without events.
+    """
+    position = _positions(start, stop)
+    offsets = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
+    return Batch(
+        items=_tensor(events.items[position].astype(np.int64)),
+        times=_tensor(events.times[position].astype(np.int64)),
+        offsets=torch.from_numpy(offsets),
+        fields={name: _tensor(values[position]) for name, values in events.fields.items()},
+    )
+
+
+def _positions(start: Rows, stop: Rows) -> Rows:
+    """``[N]`` every position of the ranges, one range after the other."""
+    length = stop - start
+    ends = np.cumsum(length)
+    total = int(ends[-1]) if len(ends) else 0
+    shift: Rows = np.repeat(start - (ends - length), length)
+    return np.arange(total, dtype=np.int64) + shift
+
+
+def _tensor(values: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(np.asarray(values))

@@ -1,0 +1,224 @@
+"""The index: events on disk as memory-mapped arrays, so that a log is parsed only once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from everlong.data.events import EventFacts, Events, Ties, read_events
+from everlong.data.ids import IdMap
+from everlong.data.times import TimeUnit
+from everlong.system.atomic import new_folder
+
+FORMAT = 1
+MANIFEST = "index.json"
+ARRAYS = ("items", "times", "offsets")
+
+logger = logging.getLogger(__name__)
+
+
+def write_index(events: Events, folder: str | Path) -> None:
+    """Writes events as a folder; either the whole folder appears or nothing does.
+
+    Raises:
+        FileExistsError: if the folder exists already.
+        OSError: if it cannot be written, as on a full disk; nothing is left behind.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already; remove it or choose another folder")
+    try:
+        with new_folder(folder) as temporary:
+            _write_files(events, temporary)
+    except pl.exceptions.PolarsError as error:
+        raise OSError(f"cannot write {folder}: {error}") from error
+
+
+def open_index(folder: str | Path, *, verify: bool = False) -> Events:
+    """The events of a folder that ``write_index`` wrote, memory-mapped.
+
+    Args:
+        folder: the index.
+        verify: also read every file and compare its sha256.
+
+    Raises:
+        ValueError: if the folder is not a whole index, or a file was cut or changed.
+        FileNotFoundError: if there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no index at {folder}; write one with write_index")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"expected format {FORMAT}, received {manifest['format']}")
+        names = list(manifest["fields"])
+        for name in _file_names(len(names)):
+            _check_file(folder / name, manifest["files"][name], verify)
+        items, times, offsets = (_open_array(folder / f"{name}.npy") for name in ARRAYS)
+        facts = manifest["facts"] | {"messages": tuple(manifest["facts"]["messages"])}
+        return Events(
+            items=items,
+            times=times,
+            offsets=offsets,
+            fields={name: _open_array(folder / f"field_{i}.npy") for i, name in enumerate(names)},
+            user_ids=IdMap.read(folder / "user_ids.parquet"),
+            item_ids=IdMap.read(folder / "item_ids.parquet"),
+            facts=EventFacts(**facts),
+        )
+    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{folder} is not a whole index: {error}; delete it and read the log again"
+        ) from error
+
+
+def open_events(
+    path: str | Path | Sequence[str | Path],
+    *,
+    cache_dir: str | Path | None = None,
+    user_id: str = "user_id",
+    item_id: str = "item_id",
+    timestamp: str | None = "timestamp",
+    fields: Sequence[str] = (),
+    ties: Ties = "stable",
+    seed: int = 0,
+    time_unit: TimeUnit | Literal["auto"] = "auto",
+) -> Events:
+    """The events of log files, parsed once and memory-mapped from then on.
+
+    The index is kept in ``cache_dir``, default ``$EVERLONG_CACHE`` or ``~/.cache/everlong``, and
+    is made anew when a file or a setting changes. It may be deleted at any time. If it cannot be
+    written, a warning is logged and the events are returned from memory. A folder that
+    ``write_index`` wrote is opened as it is.
+
+    Args:
+        path: a .csv, .tsv or .parquet file, several of them, or an index folder.
+        cache_dir: where indexes are kept.
+        user_id: as in ``read_events``, like all that follow.
+        item_id: the column of item ids.
+        timestamp: the column of times, or None.
+        fields: numeric columns to carry along.
+        ties: the order of events at one time.
+        seed: the seed of random ties.
+        time_unit: what the times are.
+
+    Raises:
+        ValueError: if the log cannot be read.
+        FileNotFoundError: if there is no such file.
+    """
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
+    if len(paths) == 1 and paths[0].is_dir():
+        return open_index(paths[0])
+    settings = {
+        "user_id": user_id,
+        "item_id": item_id,
+        "timestamp": timestamp,
+        "fields": list(fields),
+        "ties": ties,
+        "seed": seed,
+        "time_unit": time_unit,
+    }
+    folder = _cache_root(cache_dir) / "events" / _cache_key(paths, settings)
+    if folder.is_dir():
+        try:
+            return open_index(folder)
+        except ValueError as error:
+            logger.warning("reading the log again: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)
+    events = read_events(
+        paths,
+        user_id=user_id,
+        item_id=item_id,
+        timestamp=timestamp,
+        fields=fields,
+        ties=ties,
+        seed=seed,
+        time_unit=time_unit,
+    )
+    try:
+        write_index(events, folder)
+    except FileExistsError:
+        logger.info("another process indexed %s at the same time", folder)
+    except OSError as error:
+        logger.warning("the log will be parsed again next time, no index at %s: %s", folder, error)
+        return events
+    return open_index(folder)
+
+
+def _cache_root(cache_dir: str | Path | None) -> Path:
+    default = os.environ.get("EVERLONG_CACHE") or "~/.cache/everlong"
+    return Path(cache_dir or default).expanduser().absolute()
+
+
+def _cache_key(paths: Sequence[Path], settings: dict[str, Any]) -> str:
+    """A name that changes with the files and the settings."""
+    files = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at {path}; check the path")
+        stat = path.stat()
+        files.append([str(path.absolute()), stat.st_size, stat.st_mtime_ns])
+    text = json.dumps({"format": FORMAT, "files": files, **settings}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _file_names(num_fields: int) -> list[str]:
+    # numbered: the name of a field may not be a file name
+    fields = [f"field_{i}.npy" for i in range(num_fields)]
+    return [*(f"{name}.npy" for name in ARRAYS), *fields, "user_ids.parquet", "item_ids.parquet"]
+
+
+def _write_files(events: Events, folder: Path) -> None:
+    arrays = [events.items, events.times, events.offsets, *events.fields.values()]
+    names = _file_names(len(events.fields))
+    for name, array in zip(names, arrays, strict=False):
+        _write_array(folder / name, array)
+    events.user_ids.write(folder / "user_ids.parquet")
+    events.item_ids.write(folder / "item_ids.parquet")
+    manifest = {
+        "format": FORMAT,
+        "facts": asdict(events.facts),
+        "fields": list(events.fields),
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+            for name in names
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    # not np.save: on a full disk it can lose the end of the array without an error
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(np.ascontiguousarray(array).data)
+
+
+def _check_file(path: Path, expected: dict[str, Any], verify: bool) -> None:
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise ValueError(f"{path.name} has {size} bytes, expected {expected['bytes']}")
+    if verify and _sha256(path) != expected["sha256"]:
+        raise ValueError(f"{path.name} has changed since it was written")
+
+
+def _open_array(path: Path) -> np.ndarray:
+    # a memory map cannot be empty, and a header takes at least 128 bytes
+    empty = path.stat().st_size <= 128
+    array = np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)
+    return np.asarray(array)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""From histories to states, and from states to lists."""

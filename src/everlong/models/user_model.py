@@ -1,0 +1,175 @@
+"""The contract of every model: one definition, run whole or event by event.
+
+The seven laws that a model must keep are in :mod:`everlong.testing`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from everlong.models.batch import Batch
+from everlong.models.state import State
+
+StateKind = Literal["order-dependent", "additive"]
+
+
+class ItemHead(NamedTuple):
+    """What turns a user vector into scores of items: ``user @ weight.T + bias``."""
+
+    weight: Tensor  # [I, D]
+    bias: Tensor  # [I]
+
+
+class UserModel(nn.Module):
+    """Reads users' events into states of fixed size and scores items from those states alone.
+
+    A model whose scores are dot products writes ``initial_state``, ``encode`` and ``item_head``;
+    its state has a field ``user [B, D]``, the output after the user's last event. Everything else
+    follows from these. Other models override ``read`` or ``score``.
+    """
+
+    state_kind: ClassVar[StateKind] = "order-dependent"
+    """Whether late events can be added to a state ("additive") or only replayed."""
+
+    exemptions: ClassVar[Mapping[int, str]] = {}
+    """Numbers of the laws that the model cannot keep, each with the reason."""
+
+    config: Any
+    """The model's own frozen dataclass of architecture, as given to its constructor."""
+
+    recurrence_parameters: ClassVar[frozenset[str]] = frozenset()
+    """Last names of parameters that set how long the model remembers: weight decay spares them."""
+
+    def __init__(self, num_items: int) -> None:
+        super().__init__()
+        if num_items < 1:
+            raise ValueError(
+                f"a model needs a catalogue: expected num_items >= 1, received {num_items}"
+            )
+        self.num_items = num_items
+
+    @property
+    def field_codes(self) -> Mapping[str, int]:
+        """The event fields that the model reads beside items and times, and how many codes each
+        has: a value is one of ``0 .. codes - 1``."""
+        return {}
+
+    @property
+    def event_fields(self) -> tuple[str, ...]:
+        """Names of the event fields that the model reads, beside items and times."""
+        return tuple(self.field_codes)
+
+    @property
+    def set_dependent(self) -> bool:
+        """Whether the score of a candidate depends on which others it stands among."""
+        return False
+
+    @abstractmethod
+    def initial_state(self, num_users: int) -> State:
+        """The state of users without events, every field ``[num_users, ...]``."""
+
+    @abstractmethod
+    def encode(self, events: Batch, state: State | None = None) -> tuple[Tensor, State]:
+        """Reads many events of many users.
+
+        Args:
+            events: packed events; a user without events keeps the state.
+            state: where to continue, default ``initial_state``.
+
+        Returns:
+            The output after each event ``[N, D]`` and the state after each user's last event.
+        """
+
+    def advance(self, events: Batch, state: State | None = None) -> State:
+        """The state after each user's last event: what ``encode`` returns, without the outputs."""
+        return self.encode(events, state)[1]
+
+    def step(self, events: Batch, state: State) -> State:
+        """Reads one event of each user: ``events`` holds exactly one event a user."""
+        return self.encode(events, state)[1]
+
+    def forward(self, events: Batch, state: State | None = None) -> Tensor:
+        """The training path: the user vector *before* each event, all events at once.
+
+        Returns:
+            ``[N, D]``, row n from what precedes event n alone (law 7).
+        """
+        if state is None:
+            state = self.initial_state(events.num_users)
+        outputs, _ = self.encode(events, state)
+        return shift(outputs, self.user(state), events.offsets)
+
+    def user(self, state: State, at: Tensor | None = None) -> Tensor:
+        """The user vector of a state, ``[B, D]``, at the times ``at [B]`` of requests.
+
+        Models without time ignore ``at``; the others take that of the newest event without it.
+        """
+        vector: Tensor = state.user  # type: ignore[attr-defined]
+        return vector
+
+    def item_head(self) -> ItemHead:
+        """Item vectors and biases of a model whose scores are dot products."""
+        raise TypeError(f"{type(self).__name__} does not score by dot products; use read()")
+
+    def head_of(self, items: Tensor) -> ItemHead:
+        """``item_head`` of some items ``[n]``; a model may know a shorter way to them."""
+        weight, bias = self.item_head()
+        return ItemHead(weight[items], bias[items])
+
+    def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
+        """Scores from user vectors ``[B, D]``: ``[B, I]``, or ``[B, C]`` for ``items [B, C]``."""
+        if items is None:
+            weight, bias = self.item_head()
+            return torch.addmm(bias.to(user.dtype), user, weight.to(user.dtype).T)
+        weight, bias = (part.to(user.dtype) for part in self.head_of(items.flatten()))
+        weight = weight.view(*items.shape, -1)
+        return torch.einsum("bd,bcd->bc", user, weight) + bias.view(items.shape)
+
+    def score(self, state: State, items: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """Scores of items for users, from their states alone.
+
+        Args:
+            state: ``B`` users.
+            items: ``[B, C]`` item rows, or None for the whole catalogue.
+            at: ``[B]`` time of the request, Unix seconds; models without time ignore it.
+
+        Returns:
+            ``[B, I]`` or ``[B, C]``, higher is better.
+        """
+        return self.read(self.user(state, at), items)
+
+
+class CountingModel(UserModel):
+    """A model that counts the training events instead of learning by gradients."""
+
+    @abstractmethod
+    def observe(self, events: Batch, state: State | None = None) -> None:
+        """Adds training events to the counts; called once for every part of the log.
+
+        Args:
+            events: the next part.
+            state: where each user stood before it, default ``initial_state``.
+        """
+
+
+def shift(outputs: Tensor, before: Tensor, offsets: Tensor) -> Tensor:
+    """Outputs one event later: row n holds what is known before event n.
+
+    Args:
+        outputs: ``[N, D]`` after each event.
+        before: ``[B, D]`` before each user's first event of the batch.
+        offsets: ``[B + 1]``.
+
+    Returns:
+        ``[N, D]``.
+    """
+    if outputs.shape[0] == 0:
+        return outputs
+    has_events = offsets[1:] > offsets[:-1]
+    moved = outputs.roll(1, 0)
+    return moved.index_copy(0, offsets[:-1][has_events], before[has_events].to(outputs.dtype))

@@ -1,0 +1,1 @@
+"""What people use: fit, recommend, update, save, load."""

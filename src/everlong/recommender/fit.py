@@ -1,0 +1,241 @@
+"""From a log to a recommender: split, train, choose on validation, test, build all states."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everlong.data.dataset import Dataset
+from everlong.data.events import Events, read_events, to_catalogue
+from everlong.data.ids import IdMap
+from everlong.data.items import ItemTable
+from everlong.data.reading import Source
+from everlong.data.split import PAPER, TEMPORAL, Protocol, Split, split
+from everlong.evaluation.metrics import DEFAULT
+from everlong.evaluation.next_item import evaluate
+from everlong.models.decoder import DecoderConfig
+from everlong.models.device import named_device
+from everlong.models.item_vectors import item_vectors
+from everlong.models.registry import config_class, load_model_class
+from everlong.models.user_model import UserModel
+from everlong.recommender.origin import Origin
+from everlong.recommender.recommender import Recommender
+from everlong.recommender.users import read_into
+from everlong.system.provenance import hardware, versions
+from everlong.system.settings import load_settings, unknown
+from everlong.text.pretrained import decoder_architecture, decoder_of, load_decoder
+from everlong.training.next_item import TrainConfig, TrainResult, train
+
+log = logging.getLogger(__name__)
+
+PROTOCOLS: Mapping[str, Protocol] = {"paper": PAPER, "temporal": TEMPORAL}
+
+
+def fit(
+    events: Source | Events,
+    model: str = "lru",
+    *,
+    items: ItemTable | None = None,
+    pretrained: str | Path | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    training: TrainConfig | Mapping[str, Any] | None = None,
+    protocol: str | Protocol | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    device: str = "cpu",
+) -> Recommender:
+    """A recommender trained on a log, with the states of all its users.
+
+    The log is split by the protocol; the model learns from the training part, the best epoch is
+    chosen on the validation part, and the test part is measured once. Then every user's whole
+    history is read, so that recommendations follow the last event of the log.
+
+    Args:
+        events: ``Events``, or anything that ``read_events`` reads, with its default columns.
+        model: name of a built-in model.
+        items: what items have besides their ids. All vector columns, side by side, are vectors of
+            the items of models that take them (``vectors`` in their architecture, which follows
+            from these); ``architecture={"ids": False}`` then leaves out the embeddings of ids.
+        pretrained: a causal language model, by name or folder, whose layers the decoder of
+            ``hllm`` and of the models over it begins with; its sizes are those of the decoder.
+        architecture: settings of the model that differ from its defaults.
+        training: settings of the training that differ from their defaults.
+        protocol: ``"temporal"``, ``"paper"`` or a protocol of your own; by default ``temporal``
+            where the log has times and ``paper`` where it has only an order.
+        folder: where checkpoints and the training log go.
+        resume: continue from the checkpoint in ``folder``.
+        device: where to train and score.
+
+    Raises:
+        ValueError: for unknown names or settings, a log that cannot be read or split, or items of
+            which none in the training part has a vector.
+        Interrupted: after Ctrl-C, once the checkpoint is written.
+    """
+    # settings first: a misspelt one must not cost the reading of a long log
+    model_class = load_model_class(model)
+    config = training if isinstance(training, TrainConfig) else _training(training)
+    place = named_device(device)
+    measured = [str(metric) for metric in DEFAULT]
+    if config.monitor not in measured:
+        raise ValueError(unknown("monitor", config.monitor, measured, of="TrainConfig"))
+    if not isinstance(events, Events):
+        events = read_events(events)
+    parts = split(events, choose_protocol(protocol, events))
+    settings = {**_sizes(model_class, pretrained), **(architecture or {})}
+    vectors = None
+    if items is not None and items.vectors:
+        if "vectors" in {f.name for f in dataclasses.fields(config_class(model_class))}:
+            vectors = _vectors_of(items, parts.events.item_ids)
+            settings.setdefault("vectors", vectors.shape[1])
+        else:
+            log.info("model %s knows items by their ids: their vectors are not used", model)
+    network = make_model(model_class, parts, settings, config.seed).to(place)
+    _fill(network, vectors)
+    if pretrained is not None:
+        load_decoder(decoder_of(network), pretrained)
+    has_validation = parts.validation.user.size > 0
+    if not has_validation:
+        log.warning("no held-out events: the last epoch is kept, and quality is not measured")
+    result = train(
+        network,
+        Dataset(parts.events, parts.train),
+        config,
+        validate=(lambda trained: validation_metrics(trained, parts)) if has_validation else None,
+        folder=None if folder is None else Path(folder),
+        resume=resume,
+        device=device,
+    )
+    data = data_facts(events)
+    if pretrained is not None:
+        data["pretrained"] = str(pretrained)
+    if items is not None and vectors is not None:
+        data["item_vectors"] = items.vector_widths
+    origin = Origin(
+        model=model,
+        train=config,
+        protocol=parts.protocol,
+        time_unit=events.facts.time_unit,
+        data=data,
+        metrics=measure(network, parts, result),
+    )
+    recommender = Recommender(network, parts.events.item_ids, origin)
+    known, dropped = to_catalogue(events, parts.events.item_ids)
+    recommender.users.add(known.user_ids.ids(np.arange(known.num_users)))
+    read_into(network, recommender.users, known)
+    if dropped:
+        log.info("%d events of items outside the training catalogue are in no state", dropped)
+    return recommender
+
+
+def choose_protocol(protocol: str | Protocol | None, events: Events) -> Protocol:
+    """The protocol that was named, or the one that the log allows.
+
+    Raises:
+        ValueError: if there is no protocol of that name.
+    """
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol is None:
+        protocol = "paper" if events.facts.time_unit == "position" else "temporal"
+        log.info("protocol %s, because of the times of this log", protocol)
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]
+
+
+def make_model(
+    model_class: type[UserModel], parts: Split, architecture: Mapping[str, Any], seed: int
+) -> UserModel:
+    """A model for the catalogue of a split, initialised by a seed.
+
+    Raises:
+        ValueError: if a setting is unknown or impossible.
+    """
+    if "num_items" in architecture:
+        raise ValueError("num_items follows from the log: leave it out of the architecture")
+    settings = {**architecture, "num_items": parts.events.num_items}
+    config = load_settings(config_class(model_class), settings)
+    # the caller's random numbers go on as if nothing had been drawn
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class(config)
+
+
+def validation_metrics(model: UserModel, parts: Split) -> dict[str, float]:
+    """Means of all metrics on the validation part."""
+    seen = parts.protocol.seen
+    result = evaluate(model, parts.events, parts.validation, seen=seen)
+    return {name: value.mean for name, value in result.metrics.items()}
+
+
+def measure(model: UserModel, parts: Split, result: TrainResult) -> dict[str, Any]:
+    """Results on validation and test, with protocol, versions and hardware."""
+    facts: dict[str, Any] = {}
+    for name, targets in (("validation", parts.validation), ("test", parts.test)):
+        if targets.user.size:
+            found = evaluate(model, parts.events, targets, seen=parts.protocol.seen)
+            facts[name] = found.as_dict()
+    origin = {"versions": versions(), "hardware": hardware(), "best_epoch": result.best_epoch}
+    return {name: {**values, **parts.record(), **origin} for name, values in facts.items()}
+
+
+def data_facts(events: Events) -> dict[str, Any]:
+    """What identifies a log."""
+    return {
+        "source": Path(events.facts.source).name,
+        "users": events.num_users,
+        "items": events.num_items,
+        "events": events.num_events,
+        "ties": events.facts.ties,
+        "ties_seed": events.facts.seed,
+        "fingerprint": events.fingerprint,
+    }
+
+
+def _sizes(model_class: type[UserModel], pretrained: str | Path | None) -> dict[str, Any]:
+    """The sizes of a decoder that has room for a language model."""
+    if pretrained is None:
+        return {}
+    if not issubclass(config_class(model_class), DecoderConfig):
+        raise ValueError(
+            f"expected a model over a decoder, such as hllm, received {model_class.__name__}; "
+            "leave out pretrained"
+        )
+    return decoder_architecture(pretrained)
+
+
+def _vectors_of(items: ItemTable, item_ids: IdMap) -> Tensor:
+    """Vectors ``[I, V]`` of the items of a catalogue; zeros, counted, where there is none."""
+    vectors = torch.from_numpy(items.joined_vectors(item_ids))
+    missing = int((vectors == 0).all(1).sum())
+    if missing == len(vectors):
+        raise ValueError(
+            f"expected vectors of the items of the log, e.g. {item_ids.ids([0])[0]!r}, received "
+            "some for none of them; give items by the ids that the log has"
+        )
+    if missing:
+        log.warning("%d of %d items have no vector: zeros stand for it", missing, len(vectors))
+    return vectors
+
+
+def _fill(model: UserModel, vectors: Tensor | None) -> None:
+    """Gives a model the vectors of its items, if it is made for vectors."""
+    inside = item_vectors(model)
+    if inside is not None and vectors is not None:
+        inside.fill(vectors)
+    elif inside is not None and inside.config.vectors:
+        raise ValueError(
+            f"the architecture has vectors={inside.config.vectors}: expected items with vectors, "
+            "received none; pass items=, and leave vectors out of the architecture"
+        )
+
+
+def _training(settings: Mapping[str, Any] | None) -> TrainConfig:
+    return load_settings(TrainConfig, settings or {})

@@ -1,0 +1,182 @@
+"""A model on disk: a folder of plain files, each with its size and digest, and nothing to execute.
+
+``model.safetensors`` and ``config.json`` are the model, ``items.parquet`` maps its item rows to
+ids, ``users.parquet`` and ``users.safetensors`` are the states of its users, ``metrics.json`` says
+how good it was, and ``README.md`` is a card for people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from pydantic import ConfigDict
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from everlong.system.atomic import new_folder
+from everlong.system.settings import Settings, load_settings
+
+FORMAT = 1
+CONFIG = "config.json"
+FILES = (
+    "model.safetensors",
+    "items.parquet",
+    "users.parquet",
+    "users.safetensors",
+    "metrics.json",
+    "README.md",
+)
+
+
+class FileFacts(Settings):
+    """What a file of the folder must be."""
+
+    bytes: int
+    sha256: str
+
+
+class FolderConfig(Settings):
+    """``config.json``: what it takes to build the model again, and where it comes from."""
+
+    format: int
+    model: str
+    architecture: dict[str, Any]
+    train: dict[str, Any]
+    protocol: dict[str, Any]
+    time_unit: str
+    data: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, FileFacts]
+    digest: str
+    """Sha256 of everything above."""
+
+
+class ModelFolder(Settings):
+    """The contents of a model folder, read and checked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    config: FolderConfig
+    weights: dict[str, Tensor]
+    item_ids: pl.Series
+    user_ids: pl.Series
+    users: dict[str, Tensor]
+    metrics: dict[str, Any]
+
+
+def write_folder(
+    path: Path,
+    *,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    item_ids: pl.Series,
+    user_ids: pl.Series,
+    users: Mapping[str, Tensor],
+    metrics: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Writes a model folder whole, or leaves what was there.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+        ValueError: if ``path`` is a file, or a folder that is not a model folder.
+    """
+    check_target(path)
+    with new_folder(path) as folder:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        (folder / "model.safetensors").write_bytes(save_tensors(tensors))
+        (folder / "users.safetensors").write_bytes(save_tensors(dict(users)))
+        _write_ids(folder / "items.parquet", item_ids.alias("item_id"))
+        _write_ids(folder / "users.parquet", user_ids.alias("user_id"))
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / "README.md").write_text(card)
+        files = {name: file_facts((folder / name).read_bytes()) for name in FILES}
+        facts = {"format": FORMAT, **config, "files": files}
+        text = json.dumps({**facts, "digest": _digest(facts)}, indent=2)
+        (folder / CONFIG).write_text(text + "\n")
+
+
+def check_target(path: Path) -> None:
+    """Raises ``ValueError`` if ``path`` is neither free, nor empty, nor a model folder."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: expected a free name or a model folder")
+    if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():
+        raise ValueError(
+            f"{path} holds other files: expected a free name or a model folder; choose another"
+        )
+
+
+def read_folder(path: Path) -> ModelFolder:
+    """The contents of a model folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: if a file is missing, cut, changed or of another format.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model folder at {path}; write one with save()")
+    try:
+        raw = json.loads((path / CONFIG).read_text())
+        config = load_settings(FolderConfig, raw)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a model folder: {CONFIG}: {error}") from error
+    if config.format != FORMAT:
+        raise ValueError(
+            f"{path} has format {config.format}, this version reads {FORMAT}; "
+            "use the version of everlong that wrote it"
+        )
+    if config.digest != _digest({key: raw[key] for key in raw if key != "digest"}):
+        raise ValueError(
+            f"{path / CONFIG} was changed: its digest does not fit; "
+            "restore the folder from a copy or train again"
+        )
+    contents = {name: _checked(path / name, config.files) for name in FILES}
+    try:
+        return ModelFolder(
+            config=config,
+            weights=load_tensors(contents["model.safetensors"]),
+            item_ids=pl.read_parquet(contents["items.parquet"])["item_id"],
+            user_ids=pl.read_parquet(contents["users.parquet"])["user_id"],
+            users=load_tensors(contents["users.safetensors"]),
+            metrics=json.loads(contents["metrics.json"]),
+        )
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}; restore it or train again") from error
+
+
+def file_facts(data: bytes) -> dict[str, Any]:
+    """Size and digest of a file."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """The digest of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _checked(path: Path, files: Mapping[str, FileFacts]) -> bytes:
+    facts = files.get(path.name)
+    if facts is None or not path.is_file():
+        raise ValueError(f"{path} is missing; restore the folder from a copy or train again")
+    data = path.read_bytes()
+    found = file_facts(data)
+    if found != facts.model_dump():
+        raise ValueError(
+            f"{path} was cut or changed: expected {facts.bytes} bytes with sha256 "
+            f"{facts.sha256[:12]}..., found {found['bytes']} with {found['sha256'][:12]}...; "
+            "restore the folder from a copy or train again"
+        )
+    return data
+
+
+def _write_ids(path: Path, ids: pl.Series) -> None:
+    try:
+        ids.to_frame().write_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise OSError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,200 @@
+"""The users that a recommender knows: their states and what they have seen, in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from everlong.data.dataset import gather, pieces
+from everlong.data.events import Events
+from everlong.data.split import Rows
+from everlong.inference.encode import EVENTS_PER_BATCH
+from everlong.models import state as states
+from everlong.models.batch import Batch
+from everlong.models.device import device_of, serving
+from everlong.models.state import State
+from everlong.models.user_model import UserModel
+
+
+class UserTable:
+    """One row a user: state, number of events, time of the last one, and items seen lately.
+
+    A state of fixed size cannot know everything a user saw, so the item rows of the last
+    ``seen_capacity`` events are kept beside it and counted in ``bytes_per_user``.
+
+    Args:
+        initial: the state of one user without events.
+        seen_capacity: how many item rows are kept for each user.
+    """
+
+    def __init__(self, initial: State, seen_capacity: int) -> None:
+        if seen_capacity < 0:
+            raise ValueError(f"expected seen_capacity >= 0, received {seen_capacity}")
+        self._initial = states.detach(initial)
+        self._rows: dict[Any, int] = {}
+        self.states = states.take(self._initial, torch.empty(0, dtype=torch.int64))
+        self.seen = torch.empty(0, seen_capacity, dtype=torch.int32)
+        self.num_events = np.zeros(0, dtype=np.int64)
+        self.last_time = np.zeros(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def bytes_per_user(self) -> int:
+        """State, seen items and the two counters."""
+        return states.bytes_per_user(self._initial) + 4 * self.seen.shape[1] + 16
+
+    @property
+    def ids(self) -> list[Any]:
+        """User ids in the order of their rows."""
+        return list(self._rows)
+
+    def rows(self, ids: pl.Series) -> Rows:
+        """The row of each id, -1 where unknown."""
+        return np.fromiter((self._rows.get(i, -1) for i in ids.to_list()), np.int64, len(ids))
+
+    def add(self, ids: pl.Series) -> int:
+        """Adds the ids that are new, with the initial state; returns how many were.
+
+        Raises:
+            ValueError: if they are of another type than the ids that are there.
+        """
+        new = [i for i in ids.unique(maintain_order=True).to_list() if i not in self._rows]
+        known = next(iter(self._rows), None)
+        if new and known is not None and type(new[0]) is not type(known):
+            raise ValueError(
+                f"user ids have one type: expected {type(known).__name__} as in {known!r}, "
+                f"received {type(new[0]).__name__} as in {new[0]!r}"
+            )
+        first, count = len(self), len(new)
+        self._rows |= {i: first + place for place, i in enumerate(new)}
+        self._reserve(first + count)
+        return count
+
+    def _reserve(self, size: int) -> None:
+        """Room for ``size`` users; grows by doubling, so that adding one at a time stays cheap."""
+        have = self.seen.shape[0]
+        if size <= have:
+            return
+        more = max(size, 2 * have) - have
+        fresh = states.take(self._initial, torch.zeros(more, dtype=torch.int64))
+        self.states = states.concat([self.states, fresh])
+        empty = torch.full((more, self.seen.shape[1]), -1, dtype=torch.int32)
+        self.seen = torch.cat([self.seen, empty])
+        self.num_events = np.concatenate([self.num_events, np.zeros(more, dtype=np.int64)])
+        self.last_time = np.concatenate([self.last_time, np.zeros(more, dtype=np.int64)])
+
+    def read_states(self, rows: Tensor) -> State:
+        """The states of some users."""
+        return states.take(self.states, rows)
+
+    def write_states(self, rows: Tensor, new: State) -> None:
+        """Replaces the states of some users."""
+        states.check_same(states.take(self.states, rows), new)
+        for stored, value in zip(self.states, new, strict=True):
+            stored.index_copy_(0, rows, value)
+
+    def note(self, rows: Rows, offsets: Rows, items: Rows, times: Rows) -> int:
+        """Notes events that were read; returns how many came later than a newer one.
+
+        Args:
+            rows: ``[B]`` distinct users.
+            offsets: ``[B + 1]`` where the events of each begin.
+            items, times: ``[N]``, oldest first.
+        """
+        lengths = np.diff(offsets)
+        owners = np.repeat(rows, lengths)
+        known = self.num_events[owners] > 0
+        late = int((known & (times < self.last_time[owners])).sum())
+        capacity = self.seen.shape[1]
+        place = np.arange(len(items)) - np.repeat(offsets[:-1], lengths)
+        lasting = np.repeat(lengths, lengths) - place <= capacity
+        slots = (self.num_events[owners] + place)[lasting] % max(capacity, 1)
+        self.seen.numpy()[owners[lasting], slots] = items[lasting]
+        busy = lengths > 0
+        newest = times[offsets[1:][busy] - 1]
+        before = np.where(self.num_events[rows[busy]] > 0, self.last_time[rows[busy]], newest)
+        self.last_time[rows[busy]] = np.maximum(newest, before)
+        self.num_events[rows] += lengths
+        return late
+
+    def next_position(self, rows: Rows) -> Rows:
+        """One after the time of each user's newest event; 0 for users without events."""
+        following: Rows = np.where(self.num_events[rows] > 0, self.last_time[rows] + 1, 0)
+        return following
+
+    def seen_pairs(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Pairs (place in ``rows``, item row) of what these users have seen lately."""
+        seen = self.seen[torch.from_numpy(rows)]
+        place, slot = (seen >= 0).nonzero(as_tuple=True)
+        return place, seen[place, slot].long()
+
+    def trimmed(self) -> dict[str, Tensor]:
+        """All rows as named tensors, without the spare room, for storage."""
+        size = len(self)
+        named = zip(states.field_names(self.states), self.states, strict=True)
+        tensors = {f"state/{name}": value[:size].contiguous() for name, value in named}
+        tensors["seen"] = self.seen[:size].contiguous()
+        tensors["num_events"] = torch.from_numpy(self.num_events[:size].copy())
+        tensors["last_time"] = torch.from_numpy(self.last_time[:size].copy())
+        return tensors
+
+    @classmethod
+    def restore(cls, ids: pl.Series, tensors: dict[str, Tensor], initial: State) -> UserTable:
+        """The table that ``trimmed`` described.
+
+        Raises:
+            ValueError: if the tensors do not belong to this model, or to these ids.
+        """
+        names = [f"state/{name}" for name in states.field_names(initial)]
+        wanted = {*names, "seen", "num_events", "last_time"}
+        if set(tensors) != wanted:
+            raise ValueError(f"stored users: expected {sorted(wanted)}, found {sorted(tensors)}")
+        if any(value.shape[0] != len(ids) for value in tensors.values()):
+            raise ValueError(f"stored users: expected {len(ids)} rows, as there are ids")
+        table = cls(initial, tensors["seen"].shape[1])
+        stored = type(initial)(*(tensors[name] for name in names))
+        if states.spec(stored) != states.spec(initial):
+            raise ValueError(
+                f"stored users: expected states {states.spec(initial)}, "
+                f"found {states.spec(stored)}; the states belong to another model"
+            )
+        table._rows = {i: row for row, i in enumerate(ids.to_list())}
+        table.states = stored
+        table.seen = tensors["seen"]
+        table.num_events = tensors["num_events"].numpy()
+        table.last_time = tensors["last_time"].numpy()
+        return table
+
+
+def read_into(model: UserModel, table: UserTable, events: Events) -> int:
+    """Reads events into the states of a table that has their users; returns how many were late."""
+    rows = table.rows(events.user_ids.ids(np.arange(events.num_users)))
+    device = device_of(model)
+    plan = pieces(events.lengths, EVENTS_PER_BATCH)
+    late = 0
+    with serving(model):
+        for number in range(plan.num_batches):
+            chosen = slice(plan.batch_offsets[number], plan.batch_offsets[number + 1])
+            owner = plan.row[chosen]
+            first = events.offsets[owner]
+            batch = gather(events, first + plan.begin[chosen], first + plan.end[chosen])
+            late += _read_batch(model, table, rows[owner], batch, device)
+    return late
+
+
+def _read_batch(
+    model: UserModel, table: UserTable, rows: Rows, batch: Batch, device: torch.device
+) -> int:
+    index = torch.from_numpy(rows)
+    state = table.read_states(index)
+    on_device = type(state)(*(value.to(device) for value in state))
+    final = model.advance(batch.to(device), on_device)
+    table.write_states(index, states.detach(type(final)(*(v.cpu() for v in final))))
+    arrays = (batch.offsets.numpy(), batch.items.numpy(), batch.times.numpy())
+    return table.note(rows, *arrays)

@@ -1,0 +1,1 @@
+"""The service: a durable log, the engine over it, and HTTP."""

@@ -1,0 +1,1 @@
+"""What runs: shards, the live model, and answers to requests."""

@@ -1,0 +1,1 @@
+"""The protocol: routes, keys, limits, metrics, and the console."""

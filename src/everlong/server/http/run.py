@@ -1,0 +1,194 @@
+"""The service as a process: what it needs, where it listens, how it ends."""
+
+from __future__ import annotations
+
+import gc
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.service import Service
+from everlong.server.engine.shard import Shard
+from everlong.server.http.keys import Keys
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 20
+"""How long requests in flight may take once the service is to end."""
+
+TURN_S = 0.001
+"""How long a thread keeps the interpreter from others."""
+
+MAX_CONNECTIONS = 4_096
+MAX_WAITING = 1 << 30
+"""Bytes of a write-ahead log up to which the log is read as a whole beside the writer."""
+
+DAMAGED = 3
+"""Exit code of ``everlong verify`` for a log that is not what was written."""
+
+
+def run_service(
+    model: Path,
+    data_dir: Path,
+    *,
+    host: str,
+    port: int,
+    keys: Path | None,
+    shards: int,
+    drain: float = 0.0,
+    verify: bool = True,
+    say: Callable[[str], None],
+) -> None:
+    """Serves until SIGTERM or Ctrl-C; then answers what is in flight and writes all states.
+
+    Args:
+        model: the model folder that answers.
+        data_dir: where events and states are.
+        host: address to listen on.
+        port: 0 takes a free one, which is told.
+        keys: file of API keys.
+        shards: of a new data folder.
+        drain: seconds between the first sign of the end, when ``/readyz`` begins to refuse, and
+            the last new request, so that a load balancer has time to notice.
+        verify: whether another process reads the whole log after the start.
+        say: takes lines for the user.
+
+    Raises:
+        ImportError: without the extra ``serve``.
+        ValueError: if others could reach the service and there are no keys, or the model or the
+            data are not whole.
+        OSError: if the address is taken or the data cannot be opened.
+    """
+    try:
+        import uvicorn
+
+        from everlong.server.http.app import make_app
+    except ImportError as error:
+        raise ImportError('serving takes more: pip install "everlong[serve]"') from error
+    known = Keys() if keys is None else Keys.read(keys)
+    if not len(known) and not is_loopback(host):
+        raise ValueError(
+            f"others can reach {host}: expected --keys with a file of API keys, received none; or "
+            "listen on 127.0.0.1"
+        )
+    # one product at a time: threads of one product would wait for the writer's core
+    torch.set_num_threads(1)
+    # and who waits for the interpreter gets it soon: a request needs it several times
+    sys.setswitchinterval(TURN_S)
+    deployment = Deployment.read(model)
+    with socket.create_server((host, port), family=family_of(host)) as listener:
+        service = Service(data_dir, deployment, shards=shards)
+        try:
+            app = make_app(service, known)
+            config = uvicorn.Config(
+                app,
+                access_log=False,
+                log_level="warning",
+                lifespan="on",
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=DRAIN_S,
+                timeout_keep_alive=30,
+                server_header=False,
+                # who asks is known by a key, never by an address that a proxy tells
+                proxy_headers=False,
+            )
+            bound = listener.getsockname()
+            name = service.live.recommender.origin.model
+            say(f"serving {name} on http://{bound[0]}:{bound[1]}")
+            say(
+                f"{service.num_users:,} users, {service.bytes_per_user:,} bytes each, in {data_dir}"
+            )
+            # what is there now stays: the collector need not look at it again and again
+            gc.collect()
+            gc.freeze()
+            # the server raises the signal again that ended it; all is done by then
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            with _verified(service) if verify else nullcontext():
+                _server(uvicorn.Server, config, service, drain).run(sockets=[listener])
+        finally:
+            # also where the application never came to its end
+            service.close()
+
+
+def _server(kind: Any, config: Any, service: Service, drain: float) -> Any:
+    """A server that says that it is not ready any more before it takes no more requests."""
+
+    class Server(kind):  # type: ignore[misc]
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            first, service.draining = not service.draining, True
+            if first and drain > 0:
+                threading.Timer(drain, super().handle_exit, [sig, frame]).start()
+            else:
+                super().handle_exit(sig, frame)
+
+    return Server(config)
+
+
+@contextmanager
+def _verified(service: Service) -> Iterator[None]:
+    """Has another process read the whole log; the service is not ready if it is damaged."""
+    command = [sys.executable, "-m", "everlong", "verify", str(service.folder)]
+    process = subprocess.Popen(  # noqa: S603 - this program, and a folder that it has open
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    # it takes what time the service leaves
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
+    watching = threading.Thread(target=_watch, args=[process, service], name="verify")
+    watching.start()
+    try:
+        yield
+    finally:
+        process.terminate()
+        watching.join()
+
+
+def _watch(process: subprocess.Popen[bytes], service: Service) -> None:
+    told = b""
+    while process.poll() is None:
+        with suppress(subprocess.TimeoutExpired):
+            told = process.communicate(timeout=1.0)[1]
+        # while somebody reads all of a log, what is written cannot be moved into the file
+        if any(waiting > MAX_WAITING for waiting in map(_waiting, service.shards)):
+            process.terminate()
+            log.warning("verification was given up, too much was written: verify a copy")
+    if process.returncode == DAMAGED:
+        log.error("the log is damaged: %s", told.decode(errors="replace").strip())
+        service.damage = "the log is damaged: see what `everlong verify` says"
+    elif process.returncode > 0:
+        log.warning("the log could not be verified: %s", told.decode(errors="replace").strip())
+
+
+def _waiting(shard: Shard) -> int:
+    """Bytes of a shard's write-ahead log."""
+    path = shard.log.path
+    with suppress(OSError):
+        return path.with_name(f"{path.name}-wal").stat().st_size
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """IPv6 for its addresses, else IPv4."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

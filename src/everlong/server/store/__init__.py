@@ -1,0 +1,1 @@
+"""What is kept: the event log and the states that follow from it."""

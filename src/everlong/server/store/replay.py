@@ -1,0 +1,128 @@
+"""From the log to states: the events that follow, whole histories of some users, or all of it.
+
+A whole log is read once, in its order, into columns of 40 bytes an event; then the model reads
+whole histories as in training, in the order of their times, many events by one product.
+"""
+
+from __future__ import annotations
+
+import gc
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from everlong.server.store.arena import Applied, Arena
+from everlong.server.store.columns import Columns
+from everlong.server.store.log import Id, LogReader, Slice
+
+SLICE, STEP = 1_024, 8_192
+"""Events that are taken from the log at once: of a whole log so few that they stay in the caches of
+a core, of what an arena lacks more, because each time costs a look at its users."""
+
+EVENTS_IN_MEMORY = 1 << 25
+"""A log of more is read several times, each time for some of the users."""
+
+
+def backfill(log: LogReader, arena: Arena, *, since: int | None = None) -> Applied:
+    """Builds the states of all users of a log into an empty arena, up to the log's last event.
+
+    Args:
+        log: it may be written to meanwhile.
+        arena: empty; its ``offset`` is where the log stood when this began.
+        since: users without an event at or after this time are left out; they are built when they
+            are asked for.
+
+    Raises:
+        DamagedError: if the log is not what was written.
+        OSError: if it cannot be read.
+    """
+    total, applied = log.look(), Applied()
+    parts = max(1, -(-total.events // EVENTS_IN_MEMORY))
+    for part in range(parts):
+        with _without_collector():
+            user_ids, owner, columns = _histories(log, arena, total.last, part, parts)
+        if since is not None:
+            user_ids, owner, columns = _active(user_ids, owner, columns, since)
+        applied = applied.plus(arena.rebuild(user_ids, owner, columns))
+    arena.complete, arena.offset = since is None, total.last
+    return applied
+
+
+def read_on(log: LogReader, arena: Arena) -> Applied:
+    """Applies some more of a log's events, in the order of their arrival."""
+    events = Slice.of(log.after(arena.offset, STEP))
+    if not arena.complete:
+        users = dict.fromkeys(events.user_ids)
+        rebuild(log, arena, [user_id for user_id in users if user_id not in arena])
+    applied = arena.apply(events)
+    # offsets after the last event are of events that were erased
+    arena.offset = events.offsets[-1] if events else max(arena.offset, log.total.last)
+    return applied
+
+
+def rebuild(log: LogReader, arena: Arena, user_ids: Iterable[Id]) -> None:
+    """Reads the whole histories of users; those who have none are forgotten."""
+    for user_id in user_ids:
+        arena.forget(user_id)
+        if events := log.of_user(user_id):
+            owner = np.zeros(len(events), dtype=np.int64)
+            arena.rebuild([user_id], owner, arena.columns(Slice.of(events)))
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """A block in which nothing looks for cycles: millions of small objects come and go, none in a
+    cycle, and to look at them takes as long as to read them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _histories(
+    log: LogReader, arena: Arena, last: int, part: int, parts: int
+) -> tuple[list[Id], np.ndarray, Columns]:
+    """Users of one part, whose each event is, and the events in the order of the log."""
+    number_of = _Numbers()
+    owners, columns = [np.zeros(0, dtype=np.int64)], [arena.columns(Slice.of([]))]
+    for events in log.slices(last, SLICE):
+        found = (
+            map(number_of.__getitem__, events.user_ids)
+            if parts == 1
+            else (number_of[one] if _part_of(one, parts) == part else -1 for one in events.user_ids)
+        )
+        owner = np.fromiter(found, dtype=np.int64, count=len(events.offsets))
+        mine = arena.columns(events)
+        owners.append(owner[owner >= 0])
+        columns.append(mine if parts == 1 else mine.at(owner >= 0))
+    return list(number_of), np.concatenate(owners), Columns.joined(columns)
+
+
+class _Numbers(dict[Id, int]):
+    """Users by number, each in the order of its first event."""
+
+    def __missing__(self, user_id: Id) -> int:
+        self[user_id] = number = len(self)
+        return number
+
+
+def _part_of(user_id: Id, parts: int) -> int:
+    return zlib.crc32(repr(user_id).encode()) % parts
+
+
+def _active(
+    user_ids: list[Id], owner: np.ndarray, columns: Columns, since: int
+) -> tuple[list[Id], np.ndarray, Columns]:
+    """Only users with an event at or after a time."""
+    newest = np.full(len(user_ids), np.iinfo(np.int64).min)
+    np.maximum.at(newest, owner, columns.times)
+    active = newest >= since
+    kept = active[owner]
+    number = np.cumsum(active) - 1
+    chosen = [user_ids[place] for place in np.flatnonzero(active)]
+    return chosen, number[owner[kept]], columns.at(kept)

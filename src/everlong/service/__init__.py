@@ -1,1 +1,0 @@
-"""The service: events in, recommendations out, nothing lost."""

@@ -1,0 +1,1 @@
+"""What knows nothing of recommendation: files, settings, progress, provenance, Ctrl-C."""

@@ -1,0 +1,73 @@
+"""Item vectors from item text: the columns of a table, an encoder, and a cache between runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from everlong.data.items import ItemTable
+from everlong.text.encoder import ItemEncoder
+from everlong.text.templates import Missing, TextTemplate, item_texts
+from everlong.text.vector_cache import encode_cached
+
+logger = logging.getLogger(__name__)
+
+
+def encode_items(
+    table: ItemTable,
+    encoder: ItemEncoder,
+    *,
+    columns: Sequence[str] = (),
+    template: TextTemplate | str | None = None,
+    name: str = "text",
+    missing: Missing = "error",
+    cache: str | Path | None = None,
+) -> ItemTable:
+    """The table with the vectors ``[I, V]`` of its items' texts as the vector column ``name``.
+
+    Args:
+        table: text and category columns.
+        encoder: what makes vectors of texts.
+        columns: those that make up the text, as ``"title: ..; genres: .."``.
+        template: a form such as ``"{title}. {genres}"`` instead of ``columns``.
+        name: of the new column.
+        missing: whether an item without text is an error or has a vector of zeros.
+        cache: a file that keeps vectors between runs, see ``encode_cached``.
+
+    Raises:
+        ValueError: if the text cannot be made (before anything is encoded), the column exists, or
+            the cache cannot be used.
+    """
+    if template is not None and columns:
+        raise ValueError("expected columns= or template=, received both; name columns in the form")
+    if isinstance(columns, str):
+        raise ValueError(f"expected a list of columns, received {columns!r}; use [{columns!r}]")
+    if name in table.vectors:
+        raise ValueError(f"the table has vectors {name!r} already; choose another name=")
+    if template is None and not columns:
+        there = ", ".join([*table.text, *table.categories]) or "none"
+        raise ValueError(f"no columns to make a text of; pass columns= with some of: {there}")
+    if template is None:
+        template = TextTemplate(columns=tuple(columns))
+    elif isinstance(template, str):
+        template = TextTemplate(form=template)
+    texts = item_texts(table, template, missing=missing)
+    there_is = np.array([bool(text) for text in texts], np.bool_)
+    encoded = encode_cached(
+        encoder, [text for text in texts if text], None if cache is None else Path(cache)
+    )
+    vectors = np.zeros((table.num_items, encoder.width), np.float32)
+    vectors[there_is] = encoded.vectors
+    if encoded.num_cut:
+        logger.warning(
+            "%d of %d texts are longer than the encoder reads: cut", encoded.num_cut, len(texts)
+        )
+    if not there_is.all():
+        logger.warning(
+            "%d of %d items have no text: vectors of zeros", int((~there_is).sum()), len(texts)
+        )
+    return dataclasses.replace(table, vectors={**table.vectors, name: vectors})

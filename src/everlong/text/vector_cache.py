@@ -1,0 +1,189 @@
+"""Vectors of texts on disk, so that a text is encoded once: one SQLite file for any encoders.
+
+A vector is found by the digest of its encoder and the sha256 of its text. Several processes may
+use one file. Deleting the file loses nothing but time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sqlite3
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from everlong.system.progress import Progress
+from everlong.text.encoder import Encoded, ItemEncoder
+
+CHUNK = 512
+"""Texts that are encoded between two commits."""
+
+LOOKUP = 500
+"""Keys of one query; older SQLite takes 999."""
+
+WAIT_S = 60.0
+"""Seconds to wait for another process that writes."""
+
+APPLICATION = 0x45764C56
+"""What marks the file as ours."""
+
+TABLE = """
+CREATE TABLE IF NOT EXISTS vectors (
+    encoder BLOB NOT NULL, text BLOB NOT NULL, cut INTEGER NOT NULL, vector BLOB NOT NULL,
+    checksum INTEGER NOT NULL, PRIMARY KEY (encoder, text)
+)
+"""
+
+logger = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """A vector ``[V]`` float32 and whether its text was cut."""
+
+    vector: np.ndarray
+    cut: bool
+
+
+def encode_cached(encoder: ItemEncoder, texts: Sequence[str], cache: Path | None) -> Encoded:
+    """The vectors of ``n`` texts; each different text is encoded once, or found in the cache.
+
+    What is encoded is kept chunk by chunk, so that a run that was interrupted goes on.
+
+    Args:
+        encoder: what encodes.
+        texts: any, with repeats.
+        cache: a file, made where there is none; None keeps nothing.
+
+    Raises:
+        ValueError: if the file is something else or damaged as a whole, or the encoder gives
+            vectors that are not finite or not of its width.
+    """
+    unique = list(dict.fromkeys(texts))
+    if cache is None:
+        found = _encoded(encoder, unique)
+        logger.info("encoded %d texts of %d", len(unique), len(texts))
+    else:
+        with _opened(cache) as database:
+            encoder_key = bytes.fromhex(encoder.digest)
+            found = _look_up(database, encoder_key, unique, encoder.width)
+            missing = [text for text in unique if text not in found]
+            logger.info("%d vectors found in %s, %d to encode", len(found), cache, len(missing))
+            found |= _encoded(encoder, missing, database, encoder_key)
+    vectors = np.zeros((len(texts), encoder.width), np.float32)
+    for row, text in enumerate(texts):
+        vectors[row] = found[text].vector
+    return Encoded(vectors=vectors, cut=np.array([found[text].cut for text in texts], np.bool_))
+
+
+def _encoded(
+    encoder: ItemEncoder,
+    texts: Sequence[str],
+    database: sqlite3.Connection | None = None,
+    encoder_key: bytes = b"",
+) -> dict[str, Found]:
+    found: dict[str, Found] = {}
+    with Progress("encode", len(texts), "texts") as progress:
+        for start in range(0, len(texts), CHUNK):
+            part = texts[start : start + CHUNK]
+            encoded = encoder.encode(part, progress=progress)
+            _check(encoded, part, encoder.width)
+            new = {
+                text: Found(vector, bool(cut))
+                for text, vector, cut in zip(part, encoded.vectors, encoded.cut, strict=True)
+            }
+            if database is not None:
+                _keep(database, encoder_key, new)
+            found |= new
+    return found
+
+
+def _check(encoded: Encoded, texts: Sequence[str], width: int) -> None:
+    expected = (len(texts), width)
+    if encoded.vectors.shape != expected:
+        raise ValueError(
+            f"expected vectors {expected} of the encoder, received {encoded.vectors.shape}"
+        )
+    finite = np.isfinite(encoded.vectors).all(1)
+    if not finite.all():
+        text = texts[int(np.flatnonzero(~finite)[0])]
+        raise ValueError(
+            f"the encoder gave NaN or infinite numbers for {int((~finite).sum())} texts, for "
+            f"example {text[:80]!r}; try dtype float32, or an encoder that has not diverged"
+        )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with closing(sqlite3.connect(path, timeout=WAIT_S)) as database:
+            _claim(database)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = NORMAL")
+            yield database
+    except sqlite3.OperationalError as error:
+        raise ValueError(
+            f"the cache {path} cannot be used: {error}; choose another file or try again later"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        raise ValueError(
+            f"{path} is no cache of vectors, or a damaged one: {error}; choose another file, or "
+            "remove it: its vectors are encoded again"
+        ) from error
+
+
+def _claim(database: sqlite3.Connection) -> None:
+    """Makes the table in a new file; raises ``DatabaseError`` at a file of somebody else."""
+    with database:
+        # one process at a time, so that two may find the file empty
+        database.execute("BEGIN IMMEDIATE")
+        (owner,) = database.execute("PRAGMA application_id").fetchone()
+        (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if owner == 0 and tables == 0:
+            database.execute(f"PRAGMA application_id = {APPLICATION}")
+        elif owner != APPLICATION:
+            raise sqlite3.DatabaseError("it holds the tables of another program")
+        database.execute(TABLE)
+
+
+def _look_up(
+    database: sqlite3.Connection, encoder_key: bytes, texts: Sequence[str], width: int
+) -> dict[str, Found]:
+    """What the cache has of the texts, but for rows that are not as they were written."""
+    found: dict[str, Found] = {}
+    damaged = 0
+    for start in range(0, len(texts), LOOKUP):
+        by_key = {_text_key(text): text for text in texts[start : start + LOOKUP]}
+        marks = ", ".join("?" * len(by_key))
+        query = f"SELECT text, cut, vector, checksum FROM vectors WHERE encoder = ? AND text IN ({marks})"  # noqa: S608, E501
+        for key, cut, vector, checksum in database.execute(query, (encoder_key, *by_key)):
+            whole = isinstance(vector, bytes) and len(vector) == 4 * width
+            if not whole or checksum != _checksum(encoder_key, key, cut, vector):
+                damaged += 1
+                continue
+            found[by_key[key]] = Found(np.frombuffer(vector, "<f4"), bool(cut))
+    if damaged:
+        logger.warning("%d vectors of the cache are damaged: encoded again", damaged)
+    return found
+
+
+def _keep(database: sqlite3.Connection, encoder_key: bytes, new: dict[str, Found]) -> None:
+    rows = []
+    for text, (vector, cut) in new.items():
+        key, data = _text_key(text), np.ascontiguousarray(vector, "<f4").tobytes()
+        rows.append((encoder_key, key, int(cut), data, _checksum(encoder_key, key, cut, data)))
+    with database:
+        database.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?, ?)", rows)
+
+
+def _text_key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _checksum(encoder_key: bytes, text_key: bytes, cut: int, vector: bytes) -> int:
+    return zlib.crc32(encoder_key + text_key + bytes([bool(cut)]) + vector)
