@@ -197,7 +197,7 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         command = [
-            str(Path(sys.executable).with_name("everlong")),
+            *(sys.executable, "-m", "everlong"),
             "serve",
             "--no-verify",
             str(model),

@@ -39,7 +39,7 @@ import typer
 import uvicorn
 
 from everlong import TEMPORAL, Events, fit, load, read_events
-from everlong.client.client import Client
+from everlong.client import Client
 from everlong.data.split import Rows, Split, split
 from everlong.data.synthetic import markov_chain
 from everlong.evaluation.metrics import DEFAULT, Estimate, estimate

@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("fastapi")
 import everlong
 from everlong import TEMPORAL, Events, read_events
-from everlong.client.client import Client
+from everlong.client import Client
 from everlong.server.http.messages import MAX_K, EventIn, ItemOut, ListOut, ReceiptOut
 
 PATH = Path(__file__).parents[2] / "examples" / "replay.py"

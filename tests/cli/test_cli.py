@@ -13,7 +13,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import everlong
-from everlong.cli.app import app, pairs
+from everlong.cli.app import app
+from everlong.cli.options import pairs
 from everlong.data.synthetic import demo_log
 
 SMALL = [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from everlong.cli.report import comparison, metrics_text
+from everlong.evaluation.report import comparison, metrics_text
 from everlong.data.events import Events
 from everlong.data.ids import IdMap
 from everlong.data.items import ItemTable

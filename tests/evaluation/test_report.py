@@ -1,4 +1,4 @@
-from everlong.cli.report import columns, comparison, metrics_text
+from everlong.evaluation.report import columns, comparison, metrics_text
 
 
 def test_columns_are_aligned() -> None:

@@ -1,0 +1,58 @@
+"""``everlong evaluate``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from everlong.cli.options import (
+    Device,
+    ItemColumn,
+    Json,
+    Log,
+    ModelDir,
+    TimeColumn,
+    UserColumn,
+    load_model,
+    open_log,
+    write_json,
+)
+
+
+class Part(StrEnum):
+    """A held-out part of a log."""
+
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+def evaluate(
+    model: ModelDir,
+    log: Log,
+    part: Annotated[Part, typer.Option(help="Which part of the log.")] = Part.TEST,
+    user_id: UserColumn = "user_id",
+    item_id: ItemColumn = "item_id",
+    timestamp: TimeColumn = "timestamp",
+    device: Device = "cpu",
+    to: Json = None,
+) -> None:
+    """Measures a model on a held-out part of the log that it was trained on."""
+    from everlong.evaluation.report import metrics_text
+
+    recommender = load_model(model, device)
+    data = recommender.origin.data
+    events = open_log(log, user_id, item_id, timestamp, data["ties"], data["ties_seed"])
+    result = recommender.evaluate(events, part=part.value).as_dict()
+    typer.echo(metrics_text(result))
+    if to is not None:
+        origin = recommender.origin
+        record = {
+            "model": origin.model,
+            "part": part.value,
+            "protocol": origin.protocol.model_dump(mode="json"),
+            "data": dict(data),
+            **result,
+        }
+        write_json(to, record)

@@ -1,0 +1,111 @@
+"""``everlong fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from everlong.cli.options import (
+    Device,
+    ItemColumn,
+    Log,
+    TieRule,
+    Ties,
+    TimeColumn,
+    UserColumn,
+    open_log,
+    pairs,
+)
+
+if TYPE_CHECKING:
+    from everlong.data.ids import IdMap
+    from everlong.data.items import ItemTable
+
+
+def fit(
+    log: Log,
+    out: Annotated[
+        Path, typer.Option(help="The model folder; checkpoints go to a folder beside it, OUT.run.")
+    ],
+    model: Annotated[str, typer.Option(help="A built-in model.")] = "lru",
+    protocol: Annotated[
+        str | None, typer.Option(help="paper or temporal; by default as the log allows.")
+    ] = None,
+    architecture: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting of the model, such as dim=64.")
+    ] = None,
+    training: Annotated[
+        list[str] | None, typer.Option("--train", help="Setting of training, such as epochs=20.")
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="Setting of the protocol: window=50.")
+    ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(help="What items have besides ids: a .parquet file with a row for each."),
+    ] = None,
+    vectors: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of item vectors in --items; may be repeated."),
+    ] = None,
+    user_id: UserColumn = "user_id",
+    item_id: ItemColumn = "item_id",
+    timestamp: TimeColumn = "timestamp",
+    ties: TieRule = Ties.STABLE,
+    seed: Annotated[int, typer.Option(help="Of random ties, weights and training.")] = 0,
+    device: Device = "cpu",
+    resume: Annotated[bool, typer.Option(help="Continue an interrupted fit.")] = False,
+    baselines: Annotated[bool, typer.Option(help="Also measure cheap baselines.")] = False,
+) -> None:
+    """Trains a model, tests it once, reads every history and saves the folder.
+
+    The folder OUT.run keeps a checkpoint while training lasts, the training log (train.jsonl) and
+    pictures. After Ctrl-C or a crash, the same command with --resume continues to the same bits.
+    """
+    from everlong.cli.runs.fit import FitPlan, run_fit
+
+    run_fit(
+        FitPlan(
+            model=model,
+            out=out,
+            protocol=protocol,
+            split=pairs("--split", split),
+            architecture=pairs("--set", architecture),
+            training={"seed": str(seed), **pairs("--train", training)},
+            device=device,
+            resume=resume,
+            baselines=baselines,
+        ),
+        lambda: open_log(log, user_id, item_id, timestamp, ties.value, seed),
+        item_reader(items, item_id, vectors or []),
+        say=typer.echo,
+    )
+
+
+def item_reader(
+    path: Path | None, item_id: str, vectors: Sequence[str]
+) -> Callable[[IdMap], ItemTable] | None:
+    """What reads the vectors of the items of a log; None if there are none.
+
+    Raises:
+        ValueError: if there are items without vectors, vectors without items, or no such file.
+    """
+    if path is None and not vectors:
+        return None
+    if path is None or not vectors:
+        raise ValueError(
+            "--items and --vectors go together: expected a file and the names of its vector "
+            f"columns, received --items {path}, --vectors {', '.join(vectors) or None}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}")
+
+    def read(item_ids: IdMap) -> ItemTable:
+        from everlong.data.items import read_items
+
+        return read_items(path, item_ids, item_id=item_id, vectors=vectors)
+
+    return read

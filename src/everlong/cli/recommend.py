@@ -1,0 +1,51 @@
+"""``everlong recommend``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from everlong.cli.options import Device, Json, ModelDir, load_model, write_json
+
+
+def recommend(
+    model: ModelDir,
+    user: Annotated[list[str] | None, typer.Option(help="A known user; may be repeated.")] = None,
+    history: Annotated[
+        list[str] | None,
+        typer.Option(help="Item ids of anybody, oldest first: 'a,b,c'; may be repeated."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
+    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Seen items may come.")] = False,
+    device: Device = "cpu",
+    to: Json = None,
+) -> None:
+    """Prints the best items for known users, or for histories given here."""
+    if bool(user) == bool(history):
+        raise ValueError("expected either --user or --history, at least one of one kind")
+    recommender = load_model(model, device)
+    if user:
+        frame = recommender.recommend(
+            recommender.user_ids_from_text(user), k=k, filter_seen=not keep_seen
+        )
+    else:
+        histories = {
+            text: recommender.item_ids.from_text([i.strip() for i in text.split(",") if i.strip()])
+            for text in history or []
+        }
+        frame = recommender.recommend(
+            {text: ids.to_list() for text, ids in histories.items()},
+            k=k,
+            filter_seen=not keep_seen,
+        )
+    from everlong.evaluation.report import columns
+
+    rows = [
+        (str(row["user_id"]), str(row["rank"]), str(row["item_id"]), f"{row['score']:.4f}")
+        for row in frame.iter_rows(named=True)
+    ]
+    typer.echo(columns(("user_id", "rank", "item_id", "score"), rows))
+    if to is not None:
+        write_json(to, json.loads(frame.write_json()))
