@@ -161,7 +161,7 @@ def compare(family: Family, shape: dict[str, int], users: int) -> dict[str, Any]
 
 
 def request(model: UserModel, state: Any, at: torch.Tensor) -> Callable[[], object]:
-    return lambda: model.user(state, at)  # type: ignore[call-arg]
+    return lambda: model.user_embedding(state, at)  # type: ignore[call-arg]
 
 
 if __name__ == "__main__":

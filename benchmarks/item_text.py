@@ -312,10 +312,10 @@ def scores_of(recommender: Recommender, users: pl.Series, items: pl.Series) -> n
 def untrained(recommender: Recommender, users: pl.Series, count: int, seed: int) -> np.ndarray:
     """``[U, C]`` of items with the vectors that training would have begun with."""
     rows = torch.from_numpy(recommender.users.rows(users))
-    head = recommender.model.item_head().weight
+    head = recommender.model.item_embeddings().weight
     vectors = torch.randn(count, head.shape[1], generator=torch.Generator().manual_seed(seed))
     with serving(recommender.model):
-        known = recommender.model.user(recommender.users.read_states(rows))
+        known = recommender.model.user_embedding(recommender.users.read_states(rows))
     return (known @ vectors.T).numpy()
 
 

@@ -117,7 +117,7 @@ def events() -> dict[str, Any]:
     with serving(model):
         for users in (1, 64):
             for length in (10, 1_000):
-                state = model.advance(random_batch(users, length))
+                state = model.final_state(random_batch(users, length))
                 newest = Batch.one_event_each(
                     torch.randint(ITEMS, (users,)), torch.full((users,), 2 * 10**9)
                 )
@@ -134,7 +134,7 @@ def ranking() -> dict[str, Any]:
     ):
         model = model_of(**changes)
         with serving(model):
-            state = model.advance(random_batch(1, 1_000))
+            state = model.final_state(random_batch(1, 1_000))
             items, at = torch.randint(ITEMS, (1, 500)), torch.tensor([2 * 10**9])
             call = partial(model.score, state, items, at)
             took = in_turns({"score": call}, 50)["score"]

@@ -43,7 +43,7 @@ from everlong.data.split import PAPER
 from everlong.models.lru import LRU, LRUConfig
 from everlong.recommender.origin import Origin
 from everlong.recommender.recommender import Recommender
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.store import checksum, log
 from everlong.server.store.log import Event, EventLog
@@ -631,7 +631,7 @@ def backfill(
     if first:
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     torch.set_num_threads(1)
-    live, other = (Deployment.read(model_folder(items, seed)) for seed in (0, 1))
+    live, other = (ServedModel.read(model_folder(items, seed)) for seed in (0, 1))
     with copied(log_folder(users, items, events)) as data:
         service = Service(data, live)
         try:

@@ -20,7 +20,7 @@ import typer
 
 from everlong.inference.catalogue import Catalogue, made_up, pairs_of
 from everlong.inference.topk import top_k_items
-from everlong.models.user_model import ItemHead
+from everlong.models.user_model import ItemEmbeddings
 from record import write_result
 
 DIM, K, SEEN = 64, 10, 50
@@ -68,13 +68,13 @@ def measured(size: int, *, with_index: bool) -> dict[str, Any]:
     return found
 
 
-def clustered(size: int) -> ItemHead:
+def clustered(size: int) -> ItemEmbeddings:
     """Item vectors around ``size / 250`` middles, and small biases."""
     seeded = torch.Generator().manual_seed(0)
     middles = torch.randn(size // 250, DIM, generator=seeded)
     own = torch.randint(len(middles), (size,), generator=seeded)
     weight = middles[own] + 0.5 * torch.randn(size, DIM, generator=seeded)
-    return ItemHead(weight, 0.1 * torch.randn(size, generator=seeded))
+    return ItemEmbeddings(weight, 0.1 * torch.randn(size, generator=seeded))
 
 
 def in_turn(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:

@@ -148,7 +148,9 @@ def compare_losses(parts: Split) -> dict[str, float]:
         dtype = getattr(torch, name)
         with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             vectors = model(batch.events)[batch.labels].float()
-            found[form] = float(full_softmax(vectors, model.item_head(), answers, dtype=dtype))
+            found[form] = float(
+                full_softmax(vectors, model.item_embeddings(), answers, dtype=dtype)
+            )
     return found
 
 

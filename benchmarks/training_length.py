@@ -76,7 +76,7 @@ def measure(name: str, length: int) -> dict[str, float]:
     seconds = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
-        full_softmax(made(batch), made.item_head(), batch.items).backward()  # type: ignore[no-untyped-call]
+        full_softmax(made(batch), made.item_embeddings(), batch.items).backward()  # type: ignore[no-untyped-call]
         seconds.append(time.perf_counter() - began)
     rate = EVENTS / median(seconds[1:])
     return {"peak_mib": round(peak_mib(), 1), "events_per_second": round(rate)}

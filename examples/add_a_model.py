@@ -17,7 +17,7 @@ from everlong.data.split import split
 from everlong.data.synthetic import markov_chain
 from everlong.evaluation.next_item import Evaluation, evaluate
 from everlong.models.batch import Batch
-from everlong.models.user_model import ItemHead, UserModel
+from everlong.models.user_model import ItemEmbeddings, UserModel
 from everlong.ops.linear_scan import linear_scan
 from everlong.testing import check_model
 from everlong.training.next_item import train
@@ -55,8 +55,8 @@ class Fading(UserModel):
         outputs, final = linear_scan(self.items(events.items), decay, state.user, events.offsets)
         return outputs, FadingState(final)
 
-    def item_head(self) -> ItemHead:
-        return ItemHead(self.out.weight, self.bias)
+    def item_embeddings(self) -> ItemEmbeddings:
+        return ItemEmbeddings(self.out.weight, self.bias)
 
 
 def main() -> Evaluation:

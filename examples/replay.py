@@ -44,7 +44,7 @@ from everlong.data.split import Rows, Split, split
 from everlong.data.synthetic import markov_chain
 from everlong.evaluation.metrics import DEFAULT, Estimate, estimate
 from everlong.evaluation.next_item import Evaluation, evaluate
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.http.app import make_app
 from everlong.server.http.messages import MAX_K, ListOut
@@ -152,7 +152,7 @@ def process(model: Path, data: Path) -> Iterator[str]:
 @contextmanager
 def in_thread(model: Path, data: Path) -> Iterator[str]:
     """The address of a service in this process."""
-    app = make_app(Service(data, Deployment.read(model)))
+    app = make_app(Service(data, ServedModel.read(model)))
     server = uvicorn.Server(uvicorn.Config(app, port=0, access_log=False, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()

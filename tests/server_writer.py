@@ -22,12 +22,12 @@ from everlong.models.lru import LRU, LRUConfig
 from everlong.recommender.origin import Origin
 from everlong.recommender.recommender import Recommender
 from everlong.server.engine import shard as module
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.engine.shard import Shard
-from everlong.server.store.arena import Arena
 from everlong.server.store.log import Event, LogReader, Stored
-from everlong.server.store.standing import FACTOR
+from everlong.server.store.state_table import StateTable
+from everlong.server.store.watermark import FACTOR
 from everlong.training.next_item import TrainConfig
 
 ITEMS = 50
@@ -40,14 +40,14 @@ def lru(seed: int = 0) -> LRU:
     return LRU(LRUConfig(num_items=ITEMS, dim=8, channels=4)).eval()
 
 
-def arena() -> Arena:
+def table() -> StateTable:
     """States of a small model."""
-    return Arena(lru(), IdMap.from_values(list(range(ITEMS))), b"0123456789abcdef")
+    return StateTable(lru(), IdMap.from_values(list(range(ITEMS))), b"0123456789abcdef")
 
 
 def opened(path: Path, capacity: int = 10_000) -> Shard:
     """A shard with its states."""
-    shard, states = Shard(path, capacity=capacity), arena()
+    shard, states = Shard(path, capacity=capacity), table()
     shard.bring_up(states)
     return shard
 
@@ -73,8 +73,8 @@ def number_of(event: Stored) -> int:
     return int.from_bytes(event.event_key[:8], "little")
 
 
-def check_against_log(arena: Arena, log: LogReader) -> int:
-    """Standing and states are those of the events of the log, each once and in order.
+def check_against_log(table: StateTable, log: LogReader) -> int:
+    """Watermark and states are those of the events of the log, each once and in order.
 
     Returns:
         How many events the log has.
@@ -82,9 +82,9 @@ def check_against_log(arena: Arena, log: LogReader) -> int:
     events, users = log.after(0, 10_000_000), defaultdict[object, list[Stored]](list)
     for event in events:
         users[event.user_id].append(event)
-    assert len(arena) == len(users)
+    assert len(table) == len(users)
     for user_id, mine in users.items():
-        found, numbers = arena.standing(user_id), [number_of(event) for event in mine]
+        found, numbers = table.watermark(user_id), [number_of(event) for event in mine]
         assert found is not None
         assert (found.offset, found.events) == (mine[-1].offset, len(mine))
         chain = functools.reduce(lambda chain, number: chain * CHAIN + number, numbers, 0)
@@ -93,9 +93,9 @@ def check_against_log(arena: Arena, log: LogReader) -> int:
     if users:
         # items that the model does not know are counted above, and in no state
         known = [[e.item_id for e in mine if e.item_id < ITEMS] for mine in users.values()]
-        with serving(arena.model):
-            expected = arena.model.advance(Batch.from_histories(known))
-        for a, b in zip(arena.read(list(users)), expected, strict=True):
+        with serving(table.model):
+            expected = table.model.final_state(Batch.from_histories(known))
+        for a, b in zip(table.read(list(users)), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     return len(events)
 
@@ -134,7 +134,7 @@ def _tell(tell: Connection, telling: threading.Lock, what: str, told: object) ->
 def _write(
     folder: Path, models: Sequence[Path], seed: int, tell: Callable[[str, object], None]
 ) -> None:
-    draw, known = random.Random(seed), [Deployment.read(path) for path in models]
+    draw, known = random.Random(seed), [ServedModel.read(path) for path in models]
     service = Service(folder, known[0], shards=2)
     tell("live", service.live.name)
 

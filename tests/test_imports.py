@@ -12,7 +12,16 @@ ROOT = Path(everlong.__file__).parent
 
 ORDER = [
     *("system", "ops", "models", "data", "text", "inference", "training", "evaluation"),
-    *("recommender", "server.store", "server.engine", "server.http", "client", "testing", "cli.runs", "cli"),
+    *(
+        "recommender",
+        "server.store",
+        "server.engine",
+        "server.http",
+        "client",
+        "testing",
+        "cli.runs",
+        "cli",
+    ),
 ]
 """The folders in the order in which they may import each other."""
 

@@ -37,7 +37,7 @@ from everlong.client.client import (
     _part,
     _retry_after,
 )
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.http.app import make_app
 from everlong.server.http.keys import Key, Keys
@@ -50,7 +50,7 @@ SHA256 = hashlib.sha256(SECRET.encode()).hexdigest()
 @pytest.fixture(scope="module")
 def url(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A service on a real port that wants a key."""
-    service = Service(tmp_path_factory.mktemp("data"), Deployment.read(models[0]), shards=2)
+    service = Service(tmp_path_factory.mktemp("data"), ServedModel.read(models[0]), shards=2)
     key = Key(name="all", sha256=SHA256, scopes=frozenset({"ingest", "read", "admin"}))
     config = uvicorn.Config(make_app(service, Keys([key])), port=0, log_level="warning")
     server = uvicorn.Server(config)

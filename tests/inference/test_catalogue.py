@@ -24,10 +24,10 @@ from everlong.inference.catalogue import Catalogue, made_up
 from everlong.models import state as states
 from everlong.models.batch import Batch
 from everlong.models.state import State
-from everlong.models.user_model import ItemHead
+from everlong.models.user_model import ItemEmbeddings
 from everlong.ops.coarse_scores import coarse_best
 from everlong.recommender.recommender import Recommender
-from everlong.server.engine.deployment import Deployment, Wanted
+from everlong.server.engine.served_model import ServedModel, Wanted
 
 DIM = 64
 
@@ -42,7 +42,7 @@ def by_user(exclude: Pairs | None, users: int) -> list[np.ndarray] | None:
     return [np.unique(exclude[1][exclude[0] == user].numpy()) for user in range(users)]
 
 
-def sure(head: ItemHead, user: Tensor, k: int, exclude: Pairs | None, hidden: Tensor) -> Any:
+def sure(head: ItemEmbeddings, user: Tensor, k: int, exclude: Pairs | None, hidden: Tensor) -> Any:
     """The definition: sums in float64, rounded to float32, sorted with the lower row first."""
     scores = user.numpy().astype("f8") @ head.weight.numpy().astype("f8").T
     scores = (scores + head.bias.numpy()).astype("f4")
@@ -55,7 +55,7 @@ def sure(head: ItemHead, user: Tensor, k: int, exclude: Pairs | None, hidden: Te
 
 
 def agrees(
-    head: ItemHead,
+    head: ItemEmbeddings,
     user: Tensor,
     k: int,
     *,
@@ -70,23 +70,23 @@ def agrees(
     assert (scores.tolist(), items.tolist()) == sure(head, user, k, exclude, hidden)
 
 
-def random_head(items: int, seed: int = 0, scale: float = 1.0) -> ItemHead:
+def random_head(items: int, seed: int = 0, scale: float = 1.0) -> ItemEmbeddings:
     seeded = torch.Generator().manual_seed(seed)
     weight = scale * torch.randn(items, DIM, generator=seeded)
-    return ItemHead(weight, scale * torch.randn(items, generator=seeded))
+    return ItemEmbeddings(weight, scale * torch.randn(items, generator=seeded))
 
 
-def clustered(items: int) -> ItemHead:
+def clustered(items: int) -> ItemEmbeddings:
     """Items in groups, as trained vectors are."""
     seeded = torch.Generator().manual_seed(1)
     middles = torch.randn(items // 40, DIM, generator=seeded)
     own = torch.randint(len(middles), (items,), generator=seeded)
     weight = middles[own] + 0.3 * torch.randn(items, DIM, generator=seeded)
-    return ItemHead(weight, 0.1 * torch.randn(items, generator=seeded))
+    return ItemEmbeddings(weight, 0.1 * torch.randn(items, generator=seeded))
 
 
 @st.composite
-def searches(draw: st.DrawFn) -> tuple[ItemHead, Tensor, int, Pairs, Tensor]:
+def searches(draw: st.DrawFn) -> tuple[ItemEmbeddings, Tensor, int, Pairs, Tensor]:
     """Few distinct numbers, so that ties are everywhere; sums of them are exact."""
     users, items, width = draw(st.integers(1, 7)), draw(st.integers(1, 90)), draw(st.integers(1, 3))
     # differences that 8 bits do not keep
@@ -99,7 +99,7 @@ def searches(draw: st.DrawFn) -> tuple[ItemHead, Tensor, int, Pairs, Tensor]:
     )
     exclude = tuple(torch.tensor([pair[n] for pair in pairs], dtype=torch.int64) for n in (0, 1))
     hidden = torch.from_numpy(np.flatnonzero(random.random(items) < draw(st.floats(0, 1))))
-    head = ItemHead(torch.from_numpy(weight), torch.from_numpy(bias.astype("f4")))
+    head = ItemEmbeddings(torch.from_numpy(weight), torch.from_numpy(bias.astype("f4")))
     return head, torch.from_numpy(user), draw(st.integers(1, 100)), exclude, hidden  # type: ignore[return-value]
 
 
@@ -129,18 +129,18 @@ def test_large_catalogues(users: int, items: int) -> None:
         agrees(head, user, k, coarse=True, exclude=exclude, hidden=torch.arange(0, items, 7))
 
 
-def near_ties(kind: str, items: int = 9_000) -> ItemHead:
+def near_ties(kind: str, items: int = 9_000) -> ItemEmbeddings:
     seeded = torch.Generator().manual_seed(3)
     noise = torch.randn(items, DIM, generator=seeded)
     if kind == "all the same but for what 8 bits drop":
-        return ItemHead(1.0 + 1e-4 * noise, torch.zeros(items))
+        return ItemEmbeddings(1.0 + 1e-4 * noise, torch.zeros(items))
     if kind == "large biases over small products":
-        return ItemHead(1e-3 * noise, 100.0 + 1e-3 * noise[:, 0])
+        return ItemEmbeddings(1e-3 * noise, 100.0 + 1e-3 * noise[:, 0])
     if kind == "one vector dwarfs the others":
         weight = 1.0 + 1e-3 * noise
         weight[17] = -1e6
-        return ItemHead(weight, torch.zeros(items))
-    return ItemHead(torch.ones(items, DIM), torch.zeros(items))
+        return ItemEmbeddings(weight, torch.zeros(items))
+    return ItemEmbeddings(torch.ones(items, DIM), torch.zeros(items))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,9 @@ def test_coarse_scores_are_as_near_as_is_said(scale: float, users: int) -> None:
 @pytest.mark.parametrize(("items", "dim"), [(1, 1), (511, 3), (512, 8), (513, 17), (1_025, 64)])
 def test_tables_of_any_size(items: int, dim: int) -> None:
     seeded = torch.Generator().manual_seed(items)
-    head = ItemHead(torch.randn(items, dim, generator=seeded), torch.randn(items, generator=seeded))
+    head = ItemEmbeddings(
+        torch.randn(items, dim, generator=seeded), torch.randn(items, generator=seeded)
+    )
     user = torch.randn(3, dim, generator=seeded)
     # pairs in no order, some of them twice
     rows = torch.randint(0, 3, (40,), generator=seeded)
@@ -367,19 +369,19 @@ def two_stage() -> Recommender:
 
 
 @pytest.fixture(scope="module")
-def deployments() -> dict[str, Deployment]:
-    found = {name: Deployment(fitted(name), Path(name)) for name in SHAPES}
-    return {**found, "two_stage": Deployment(two_stage(), Path("two_stage"))}
+def served_models() -> dict[str, ServedModel]:
+    found = {name: ServedModel(fitted(name), Path(name)) for name in SHAPES}
+    return {**found, "two_stage": ServedModel(two_stage(), Path("two_stage"))}
 
 
 ALL = [*SHAPES, "two_stage"]
 HOUR = 3_600
 
 
-def read(deployment: Deployment, users: int = 4) -> State:
+def read(served_model: ServedModel, users: int = 4) -> State:
     """States of users with one event to several."""
     counts = torch.arange(1, users + 1)
-    items = torch.arange(int(counts.sum())) * 7 % len(deployment.item_ids)
+    items = torch.arange(int(counts.sum())) * 7 % len(served_model.item_ids)
     times = 1_700_000_000 + HOUR * torch.arange(len(items))
     events = Batch(
         items=items,
@@ -387,21 +389,21 @@ def read(deployment: Deployment, users: int = 4) -> State:
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
         fields={
             name: torch.zeros(len(items), dtype=torch.int64)
-            for name in deployment.model.event_fields
+            for name in served_model.model.event_fields
         },
     )
     with torch.no_grad():
-        return deployment.model.advance(events)
+        return served_model.model.final_state(events)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_lists_heed_the_filters_of_each(name: str, deployments: dict[str, Deployment]) -> None:
-    deployment = deployments[name]
+def test_lists_heed_the_filters_of_each(name: str, served_models: dict[str, ServedModel]) -> None:
+    served_model = served_models[name]
     state, ids = (
-        read(deployment),
-        deployment.item_ids.ids(range(len(deployment.item_ids))).to_list(),
+        read(served_model),
+        served_model.item_ids.ids(range(len(served_model.item_ids))).to_list(),
     )
-    whole = deployment.recommend(state, [Wanted(k=12)] * 4)
+    whole = served_model.recommend(state, [Wanted(k=12)] * 4)
     some = whole[2].items
     wanted = [
         Wanted(k=3),
@@ -413,7 +415,7 @@ def test_lists_heed_the_filters_of_each(name: str, deployments: dict[str, Deploy
         ),
         Wanted(k=5, among=[]),
     ]
-    found = deployment.recommend(state, wanted)
+    found = served_model.recommend(state, wanted)
     assert found[0].items == whole[0].items[:3]
     assert found[1].items[:3] == whole[1].items[3:6] or name == "two_stage"
     assert not set(found[1].items) & set(whole[1].items[:3])
@@ -421,95 +423,95 @@ def test_lists_heed_the_filters_of_each(name: str, deployments: dict[str, Deploy
     assert found[3].items == []
     assert all(sorted(one.scores, reverse=True) == one.scores for one in found)
     gone = {one.items[0] for one in whole}
-    deployment.hide([*gone, "nothing"])
+    served_model.hide([*gone, "nothing"])
     try:
         kinds = [Wanted(k=30), Wanted(k=30, among=ids), Wanted(k=30, at=1_800_000_000), wanted[1]]
-        for one in deployment.recommend(state, kinds):
+        for one in served_model.recommend(state, kinds):
             assert one.items
             assert not set(one.items) & gone
         # candidates that are named are ranked, whatever they are
         assert (
-            set(deployment.rank(states.take(state, torch.tensor([0])), list(gone), None).items)
+            set(served_model.rank(states.take(state, torch.tensor([0])), list(gone), None).items)
             == gone
         )
     finally:
-        deployment.hide([])
-    assert deployment.recommend(state, [Wanted(k=12)] * 4) == whole
+        served_model.hide([])
+    assert served_model.recommend(state, [Wanted(k=12)] * 4) == whole
 
 
 @pytest.mark.parametrize("name", ["lru", "hstu", "popularity", "markov"])
-def test_lists_are_the_models_own_scores(name: str, deployments: dict[str, Deployment]) -> None:
-    deployment = deployments[name]
-    state = read(deployment)
+def test_lists_are_the_models_own_scores(name: str, served_models: dict[str, ServedModel]) -> None:
+    served_model = served_models[name]
+    state = read(served_model)
     with torch.no_grad():
-        scores = deployment.model.score(state).numpy()
-    for row, found in enumerate(deployment.recommend(state, [Wanted(k=7)] * 4)):
-        own = {item: scores[row, deployment.item_ids.row_of[item]] for item in found.items}
+        scores = served_model.model.score(state).numpy()
+    for row, found in enumerate(served_model.recommend(state, [Wanted(k=7)] * 4)):
+        own = {item: scores[row, served_model.item_ids.row_of[item]] for item in found.items}
         np.testing.assert_allclose(list(own.values()), found.scores, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(found.scores, -np.sort(-scores[row])[:7], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["hstu", "two_stage", "lru"])
 def test_everybody_is_asked_as_of_their_own_time(
-    name: str, deployments: dict[str, Deployment]
+    name: str, served_models: dict[str, ServedModel]
 ) -> None:
-    deployment = deployments[name]
-    state = read(deployment)
+    served_model = served_models[name]
+    state = read(served_model)
     times = [1_700_000_000 + 900 * HOUR, None, 1_700_000_000 + 90_000 * HOUR, None]
-    together = deployment.recommend(state, [Wanted(k=5, at=at) for at in times])
+    together = served_model.recommend(state, [Wanted(k=5, at=at) for at in times])
     for row, at in enumerate(times):
         mine = states.take(state, torch.tensor([row]))
-        (alone,) = deployment.recommend(mine, [Wanted(k=5, at=at)])
+        (alone,) = served_model.recommend(mine, [Wanted(k=5, at=at)])
         assert together[row].items == alone.items
         np.testing.assert_allclose(together[row].scores, alone.scores, rtol=1e-5)
-        (timeless,) = deployment.recommend(mine, [Wanted(k=5)])
+        (timeless,) = served_model.recommend(mine, [Wanted(k=5)])
         if name != "lru" and at is not None:
             # else the test could not tell
             assert timeless.scores != alone.scores
 
 
 @pytest.mark.parametrize("name", ["lru", "hstu", "two_stage"])
-def test_similar_items(name: str, deployments: dict[str, Deployment]) -> None:
-    deployment = deployments[name]
-    item = deployment.item_ids.ids([5]).to_list()[0]
-    wanted = deployment.recommender.similar_items([item], k=6)
-    found = deployment.similar(item, 6)
+def test_similar_items(name: str, served_models: dict[str, ServedModel]) -> None:
+    served_model = served_models[name]
+    item = served_model.item_ids.ids([5]).to_list()[0]
+    wanted = served_model.recommender.similar_items([item], k=6)
+    found = served_model.similar(item, 6)
     assert found is not None
     assert found.items == wanted["similar_item_id"].to_list()
     np.testing.assert_allclose(found.scores, wanted["score"].to_numpy(), rtol=1e-4, atol=1e-5)
-    deployment.hide(found.items[:2])
+    served_model.hide(found.items[:2])
     try:
-        less = deployment.similar(item, 4)
+        less = served_model.similar(item, 4)
     finally:
-        deployment.hide([])
+        served_model.hide([])
     assert less is not None
     assert less.items == found.items[2:]
-    assert deployment.similar("nothing", 3) is None
+    assert served_model.similar("nothing", 3) is None
 
 
 @pytest.mark.parametrize("name", ["popularity", "markov"])
 def test_models_without_item_vectors_have_no_similar_items(
-    name: str, deployments: dict[str, Deployment]
+    name: str, served_models: dict[str, ServedModel]
 ) -> None:
     with pytest.raises(TypeError, match=r"no item vectors|dot products"):
-        deployments[name].similar("i03", 3)
+        served_models[name].similar("i03", 3)
 
 
 def test_an_index_is_built_from_some_size_on(
-    deployments: dict[str, Deployment], caplog: pytest.LogCaptureFixture
+    served_models: dict[str, ServedModel], caplog: pytest.LogCaptureFixture
 ) -> None:
     pytest.importorskip("faiss")
-    lru = deployments["lru"]
+    lru = served_models["lru"]
     for start, built in ((len(lru.item_ids) + 1, False), (None, False), (1, True)):
-        deployment = Deployment(lru.recommender, lru.folder, index_from=start)
-        assert deployment.catalogue is not None
-        deployment.prepare(read(deployment))
-        assert (deployment.catalogue.index is not None) is built
-        mine = deployment.recommend(read(deployment), [Wanted(k=4)] * 4)
+        served_model = ServedModel(lru.recommender, lru.folder, index_from=start)
+        assert served_model.catalogue is not None
+        served_model.prepare(read(served_model))
+        assert (served_model.catalogue.index is not None) is built
+        mine = served_model.recommend(read(served_model), [Wanted(k=4)] * 4)
         for found, expected in zip(mine, lru.recommend(read(lru), [Wanted(k=4)] * 4), strict=True):
             assert found.items == expected.items
             assert found.scores == pytest.approx(expected.scores, abs=1e-6)
     # a model without item vectors has nothing to put into one
-    markov = Deployment(deployments["markov"].recommender, lru.folder, index_from=1)
+    markov = ServedModel(served_models["markov"].recommender, lru.folder, index_from=1)
     markov.prepare()
     assert markov.catalogue is None

@@ -46,8 +46,8 @@ def test_outputs_follow_the_equations() -> None:
     outputs, state = model.encode(Batch.from_histories(histories))
     expected = [vector for history in histories for vector in by_hand(model, history)]
     torch.testing.assert_close(outputs, torch.stack(expected))
-    torch.testing.assert_close(model.user(state)[0], expected[4])
-    torch.testing.assert_close(model.user(state)[1], model.leave.bias)
+    torch.testing.assert_close(model.user_embedding(state)[0], expected[4])
+    torch.testing.assert_close(model.user_embedding(state)[1], model.leave.bias)
 
 
 @settings(max_examples=25, deadline=None)
@@ -90,14 +90,14 @@ def test_it_learns_which_item_follows_which() -> None:
     model = GRU4Rec(GRU4RecConfig(num_items=items, dim=16, hidden=16, dropout=0.0))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     for _ in range(80):
-        scores = model.read(model(batch))
+        scores = model.score_vectors(model(batch))
         loss = functional.cross_entropy(scores, batch.items)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     known = torch.ones(batch.num_events, dtype=torch.bool)
     known[batch.offsets[:-1]] = False
-    scores = model.read(model(batch))[known]
+    scores = model.score_vectors(model(batch))[known]
     assert functional.cross_entropy(scores, batch.items[known]) < 0.1
 
 

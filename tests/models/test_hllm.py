@@ -124,7 +124,9 @@ def test_the_cached_form_is_one_masked_pass(language_model: Path) -> None:
     found = outputs_of(reference(language_model), inputs, visible, torch.arange(12))[-1:]
     # from what is stored and read again
     stored = states.from_bytes(states.to_bytes(state), like=model.initial_state(1))
-    torch.testing.assert_close(unit(model.user(stored)), unit(found), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        unit(model.user_embedding(stored)), unit(found), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_tokens_of_several_segments_stand_side_by_side(language_model: Path) -> None:
@@ -139,7 +141,7 @@ def test_tokens_of_several_segments_stand_side_by_side(language_model: Path) -> 
     visible = is_token[None] | (segment[:, None] == segment[None])
     visible &= torch.ones_like(visible).tril()
     found = masked_by_segments(reference(language_model), inputs, visible, segment)[-1:]
-    torch.testing.assert_close(unit(model.user(state)), unit(found), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(unit(model.user_embedding(state)), unit(found), rtol=1e-6, atol=1e-7)
 
 
 def masked_by_segments(model: Any, inputs: Tensor, visible: Tensor, segment: Tensor) -> Tensor:
@@ -181,11 +183,15 @@ def test_a_summary_is_all_that_is_left_of_a_segment() -> None:
     state = model.initial_state(1)
     for item in history:
         state = model.step(Batch.from_histories([[item]]), state)
-    torch.testing.assert_close(model.user(state), model.user(whole), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model.user_embedding(state), model.user_embedding(whole), rtol=1e-9, atol=1e-9
+    )
     assert state.keys.shape == (1, 2, 2, 3, 8)
     other = [(item + 1) % ITEMS for item in history[:5]] + history[5:]
     _, changed = model.encode(Batch.from_histories([other]))
-    assert not torch.allclose(model.user(changed), model.user(whole), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(
+        model.user_embedding(changed), model.user_embedding(whole), rtol=1e-3, atol=1e-3
+    )
     # with one more fold the first segment has left the state, but for what later ones saw of it
     tail = Batch.from_histories([torch.randint(ITEMS, (5,)).tolist()])
     _, state = model.encode(tail, whole)

@@ -77,7 +77,7 @@ def test_user_vectors_follow_the_equations(relative_bias: bool) -> None:
         torch.testing.assert_close(outputs[1 + n], expected)
     at = torch.tensor([50, 1_000_000, 3])
     later = by_hand(model, items, times, 1_000_000)
-    torch.testing.assert_close(model.user(state, at)[1], later)
+    torch.testing.assert_close(model.user_embedding(state, at)[1], later)
     assert torch.allclose(later, outputs[-1]) != relative_bias
 
 
@@ -95,7 +95,7 @@ def test_the_laws_hold(settings: dict[str, object], dtype: torch.dtype) -> None:
 def test_a_user_without_events_has_what_a_layer_makes_of_nothing() -> None:
     model = made()
     expected = model.backbone.start + model.backbone.layers[-1].leave.bias
-    vector = model.user(model.initial_state(2))
+    vector = model.user_embedding(model.initial_state(2))
     torch.testing.assert_close(vector[0], expected / expected.norm() / model.config.temperature)
 
 
@@ -104,7 +104,7 @@ def test_scores_are_cosines_by_temperature() -> None:
     _, state = model.encode(Batch.from_histories([[1, 2, 3]]))
     scores = model.score(state)
     assert scores.abs().max() <= 10.0 + 1e-9
-    vector = model.user(state)[0]
+    vector = model.user_embedding(state)[0]
     cosine = functional.cosine_similarity(vector, model.backbone.items.ids.weight, dim=-1)
     torch.testing.assert_close(scores[0], cosine / 0.1)
 
@@ -125,7 +125,7 @@ def test_bias_is_learned() -> None:
         [[1, 2, 3, 4, 5, 6, 7]], [[0, 10, 20, 3_000, 3_001, 9_000, 9_001]]
     )
     weights = torch.randn(7, ITEMS, dtype=torch.float64)
-    (model.read(model(events)) * weights).sum().backward()
+    (model.score_vectors(model(events)) * weights).sum().backward()
     for layer in model.backbone.layers:
         assert layer.distance_bias.grad.abs().sum() > 0
         assert layer.elapsed_bias.grad.abs().sum() > 0
@@ -137,7 +137,7 @@ def test_temperature_is_learned_only_if_asked() -> None:
     events, weights = Batch.from_histories([[1, 2, 3]]), torch.randn(3, ITEMS).double()
     for learned in (False, True):
         model = made(learn_temperature=learned)
-        (model.read(model(events)) * weights).sum().backward()
+        (model.score_vectors(model(events)) * weights).sum().backward()
         assert (model.backbone.log_sharpness_bias.grad is not None) == learned
 
 

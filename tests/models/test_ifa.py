@@ -108,7 +108,7 @@ def test_one_pass_for_all_requests_is_the_score_from_each_state(
         for number in range(batch.user.numel()):
             start = int(events.offsets[batch.user[number]])
             index = torch.arange(start, start + int(batch.cut[number]))
-            state = model.advance(events.select(index, torch.tensor([0, len(index)])))
+            state = model.final_state(events.select(index, torch.tensor([0, len(index)])))
             a, b = batch.offsets[number : number + 2].tolist()
             served = model.score(state, batch.items[None, a:b], batch.times[number : number + 1])
             assert torch.allclose(served[0], trained[a:b], atol=1e-9)
@@ -131,7 +131,7 @@ def test_gradients_of_the_one_pass_are_those_of_the_states() -> None:
             for number in range(batch.user.numel()):
                 start = int(events.offsets[batch.user[number]])
                 index = torch.arange(start, start + int(batch.cut[number]))
-                state = model.advance(events.select(index, torch.tensor([0, len(index)])))
+                state = model.final_state(events.select(index, torch.tensor([0, len(index)])))
                 a, b = batch.offsets[number : number + 2].tolist()
                 scores = model.score(state, batch.items[None, a:b], batch.times[number, None])
                 loss = loss + (scores[0] * weights[a:b]).sum()
@@ -157,7 +157,7 @@ def same_states(model: IFA, a: IFAState, b: IFAState, tolerance: float = 1e-10) 
         elif size:
             left, right = left[:, -size:], right[:, -size:]
         assert torch.equal(left, right), name
-    assert torch.allclose(model.user(a, at), model.user(b, at), atol=tolerance)
+    assert torch.allclose(model.user_embedding(a, at), model.user_embedding(b, at), atol=tolerance)
 
 
 @settings(deadline=None, max_examples=20)
@@ -166,7 +166,7 @@ def test_order_of_arrival_and_merging_make_no_difference(lengths: list[int], see
     model, events = small(), random_events(lengths, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        whole = model.advance(events)
+        whole = model.final_state(events)
         # one by one in any order
         late = model.initial_state(len(lengths))
         for row, length in enumerate(lengths):
@@ -177,7 +177,7 @@ def test_order_of_arrival_and_merging_make_no_difference(lengths: list[int], see
                 late = states.put(late, rows, model.step(one, states.take(late, rows)))
         same_states(model, whole, late)
         half = torch.rand(events.num_events, generator=generator) < 0.5
-        a, b = (model.advance(chosen(events, mask)) for mask in (half, ~half))
+        a, b = (model.final_state(chosen(events, mask)) for mask in (half, ~half))
         same_states(model, whole, model.merge(a, b))
 
 
@@ -194,13 +194,13 @@ def test_what_is_removed_was_never_there(length: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     gone = torch.rand(events.num_events, generator=generator) < 0.4
     with torch.no_grad():
-        left = model.remove(chosen(events, gone), model.advance(events))
-        same_states(model, model.advance(chosen(events, ~gone)), left, 1e-9)
+        left = model.remove(chosen(events, gone), model.final_state(events))
+        same_states(model, model.final_state(chosen(events, ~gone)), left, 1e-9)
 
 
 def test_removal_says_when_the_state_must_be_built_anew() -> None:
     model, events = small(spare=0), random_events([12], 1)
-    state = model.advance(events)
+    state = model.final_state(events)
     newest = events.select(torch.tensor([11]), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="expected the newest 4 events to be held, received 3"):
         model.remove(newest, state)
@@ -215,7 +215,7 @@ def test_removal_says_when_the_state_must_be_built_anew() -> None:
 
 def test_nothing_left_is_exactly_nothing() -> None:
     model, events = small(), random_events([4], 2)
-    left = model.remove(events, model.advance(events))
+    left = model.remove(events, model.final_state(events))
     empty = model.initial_state(1)
     for name, a, b in zip(states.field_names(empty), left, empty, strict=True):
         if name != "at":
@@ -236,7 +236,7 @@ def test_candidates_see_each_other_unless_told_not_to() -> None:
     items, at = torch.tensor([[3, 4, 5]]), torch.tensor([2 * 10**9])
     together, alone = small(), small(candidate_attention=False)
     for model, same in ((together, False), (alone, True)):
-        state = model.advance(events)
+        state = model.final_state(events)
         whole = model.score(state, items, at)
         assert torch.allclose(whole[:, :2], model.score(state, items[:, :2], at)) is same
         order = torch.tensor([2, 0, 1])
@@ -245,7 +245,7 @@ def test_candidates_see_each_other_unless_told_not_to() -> None:
     layer = together.layers[1].among
     value = torch.randn(1, 8, dtype=torch.float64)
     part = layer.enter(layer.norm(value))[:, 16:]
-    sets_of_one = together.score(together.advance(events), items[:, :1], at)
+    sets_of_one = together.score(together.final_state(events), items[:, :1], at)
     assert sets_of_one.shape == (1, 1)
     assert torch.allclose(layer(value, Sets.of(torch.tensor([0, 1]))), layer.leave(part))
 
@@ -258,16 +258,16 @@ def test_float32_sums_do_not_drift() -> None:
         state = model.initial_state(1)
         for part in torch.arange(20_000).split(50):
             piece = events.select(part, torch.tensor([0, len(part)]))
-            state = model.advance(piece, state)
+            state = model.final_state(piece, state)
         at, items = events.times[-1:] + 60, torch.arange(9)[None]
-        expected = exact.score(exact.advance(events), items, at)
+        expected = exact.score(exact.final_state(events), items, at)
         worst = (model.score(state, items, at).double() - expected).abs().max()
     assert float(worst) < 1e-4
 
 
 def test_head_can_be_trained_without_rebuilding_states() -> None:
     model = small()
-    before, digest = model.advance(random_events([5], 1)), model.history_digest()
+    before, digest = model.final_state(random_events([5], 1)), model.history_digest()
     model.freeze_history()
     batch = random_requests(random_events([8, 4], 2), 2)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -275,7 +275,7 @@ def test_head_can_be_trained_without_rebuilding_states() -> None:
     model.rank(batch).square().sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     assert model.history_digest() == digest
-    after = model.advance(random_events([5], 1))
+    after = model.final_state(random_events([5], 1))
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert not torch.equal(old, model.score(before))
     with torch.no_grad():
@@ -329,11 +329,11 @@ def test_item_features_are_read() -> None:
 def test_bad_input_is_named() -> None:
     events = random_events([3], 0)
     with pytest.raises(ValueError, match="expected events with a field 'label', received none"):
-        small().advance(replace(events, fields={}))
+        small().final_state(replace(events, fields={}))
     with pytest.raises(
         ValueError, match=r"field 'label': expected codes 0 \.\. 1, received 5 \.\. 5"
     ):
-        small().advance(replace(events, fields={"label": torch.full((3,), 5)}))
+        small().final_state(replace(events, fields={"label": torch.full((3,), 5)}))
     for change, message in (
         ({"dim": 9}, "dim a multiple of heads"),
         ({"feature_map": "relu"}, "expected feature_map one of elu, exp"),

@@ -185,7 +185,7 @@ def test_the_laws_hold(name: str, ids: bool) -> None:
 def test_a_model_learns_through_its_vectors(name: str) -> None:
     model = model_of(name, vectors=WIDTH, ids=False)
     batch = Batch.from_histories([[1, 2, 3, 4], [5, 6]])
-    full_softmax(model(batch), model.item_head(), batch.items).backward()  # type: ignore[no-untyped-call]
+    full_softmax(model(batch), model.item_embeddings(), batch.items).backward()  # type: ignore[no-untyped-call]
     inside = item_vectors(model)
     assert inside is not None
     assert inside.project is not None

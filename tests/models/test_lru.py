@@ -140,7 +140,7 @@ def test_the_model_follows_its_equations(dtype: torch.dtype, tolerance: float) -
     model = small().to(dtype)
     batch = Batch.from_histories(HISTORIES)
     vectors, (_, state) = model(batch), model.encode(batch)
-    scores = model.read(vectors).detach().double()
+    scores = model.score_vectors(vectors).detach().double()
     table, bias = exact.items.table().detach().numpy(), exact.item_bias.detach().numpy()
     (first,) = naive(exact, [exact.start.detach().numpy()])
     expected = []
@@ -189,9 +189,9 @@ def test_loss_and_gradients_are_those_of_the_published_form(
     items, labels = padded(padding)
     vectors = ours(batch)
     logits = theirs(items)[labels > 0]
-    torch.testing.assert_close(ours.read(vectors), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.score_vectors(vectors), logits, atol=1e-4, rtol=1e-4)
 
-    loss = full_softmax(vectors, ours.item_head(), batch.items)
+    loss = full_softmax(vectors, ours.item_embeddings(), batch.items)
     expected = theirs.loss(items, labels)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     loss.backward()
@@ -239,7 +239,7 @@ def test_the_first_loss_is_that_of_a_guess() -> None:
     torch.manual_seed(0)
     model = LRU(LRUConfig(num_items=500))
     batch = Batch.from_histories(torch.randint(500, (20, 30)).tolist())
-    loss = full_softmax(model(batch), model.item_head(), batch.items)
+    loss = full_softmax(model(batch), model.item_embeddings(), batch.items)
     assert float(loss.detach()) == pytest.approx(math.log(500), abs=0.05)
 
 
@@ -253,7 +253,7 @@ def test_steps_and_encode_agree_for_every_prefix(history: list[int], seed: int) 
         for place, item in enumerate(history):
             event = Batch.one_event_each(torch.tensor([item]), torch.tensor([place]))
             state = model.step(event, state)
-            expected = model.read(outputs[place : place + 1])
+            expected = model.score_vectors(outputs[place : place + 1])
             torch.testing.assert_close(model.score(state), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(state.hidden, final.hidden, atol=1e-4, rtol=1e-4)
 

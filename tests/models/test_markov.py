@@ -37,9 +37,11 @@ def test_scores_are_smoothed_shares_of_what_followed(histories, last, backoff) -
     ]
     model = counted(histories, backoff)
     user = torch.tensor([[last], [last]])
-    torch.testing.assert_close(model.read(user), torch.tensor([expected] * 2))
+    torch.testing.assert_close(model.score_vectors(user), torch.tensor([expected] * 2))
     some = torch.tensor([[5, 0, 0], [1, 2, 3]])
-    torch.testing.assert_close(model.read(user, some), torch.tensor([expected] * 2).gather(1, some))
+    torch.testing.assert_close(
+        model.score_vectors(user, some), torch.tensor([expected] * 2).gather(1, some)
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -75,7 +77,7 @@ def test_a_fresh_model_loads_stored_counts() -> None:
     fresh = Markov(MarkovConfig(num_items=ITEMS))
     fresh.load_state_dict(load(save(model.state_dict())))
     user = torch.arange(-1, ITEMS)[:, None]
-    assert torch.equal(fresh.read(user), model.read(user))
+    assert torch.equal(fresh.score_vectors(user), model.score_vectors(user))
     with pytest.raises(RuntimeError, match="size mismatch for followers"):
         Markov(MarkovConfig(num_items=ITEMS + 1)).load_state_dict(model.state_dict())
 

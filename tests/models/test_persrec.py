@@ -318,10 +318,10 @@ def test_one_history_has_one_summary() -> None:
 def test_tokens_learn_from_what_comes_after_their_segment() -> None:
     model = made()
     events = Batch.from_histories([history(6)])
-    later = model.read(model(events))[5:]
+    later = model.score_vectors(model(events))[5:]
     (gradient,) = torch.autograd.grad((later * torch.randn_like(later)).sum(), model.reader.tokens)
     assert (gradient.abs().sum(1) > 0).all()
-    within = model.read(model(events))[:4]
+    within = model.score_vectors(model(events))[:4]
     (gradient,) = torch.autograd.grad(
         (within * torch.randn_like(within)).sum(), model.reader.tokens, allow_unused=True
     )
@@ -336,7 +336,7 @@ def test_stored_summaries_give_the_scores_of_the_whole_pass(
     """Fold by fold, each state written and read again, against all segments at once."""
     model = made(**shape).to(dtype)
     items = history(23)
-    trained = model.read(model(Batch.from_histories([items])))
+    trained = model.score_vectors(model(Batch.from_histories([items])))
     state = model.initial_state(1)
     for number, item in enumerate(items):
         scores = model.score(state, at=torch.tensor([number]))
@@ -403,13 +403,13 @@ def test_a_cue_beyond_the_recent_events_is_learned_through_tokens() -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
         for _ in range(120):
             items = asked(64, generator)
-            loss = full_softmax(answered(model, items), model.item_head(), items[:, -1])
+            loss = full_softmax(answered(model, items), model.item_embeddings(), items[:, -1])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             optimizer.zero_grad()
         items = asked(200, generator)
-        best = model.read(answered(model.eval(), items)).argmax(1)
+        best = model.score_vectors(answered(model.eval(), items)).argmax(1)
         accuracy[name] = float((best == items[:, -1]).double().mean())
     assert accuracy["tokens"] > 0.95
     assert accuracy["recent"] < 0.4

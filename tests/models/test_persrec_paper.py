@@ -54,7 +54,7 @@ def test_cached_summaries_give_the_scores_of_one_pass(
     batch = Batch.from_histories([history(4, 1), history(length)])
     outputs, state = model.encode(batch)
     state = states.from_bytes(states.to_bytes(state), like=state)
-    one_pass = model.read(outputs[-1:])
+    one_pass = model.score_vectors(outputs[-1:])
     cached = model.score(states.take(state, torch.tensor([1])))
     assert (cached - one_pass).abs().max() / (1 + one_pass.abs().max()) <= tolerance
 

@@ -121,7 +121,7 @@ def test_narrow_products_leave_states_as_they_are(name: str, ids: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         outputs, state = model.encode(batch)
         trained = model(batch, state)
-        state = model.advance(batch, state)
+        state = model.final_state(batch, state)
         one = Batch.one_event_each(torch.tensor([1, 2, 3]), torch.tensor([7, 7, 7]))
         state = model.step(one, state)
         scores = model.score(state)
@@ -136,6 +136,6 @@ def test_the_head_of_some_items_is_that_of_all(name: str) -> None:
     assert found is not None
     found.fill(torch.randn(ITEMS, 6))
     items = torch.tensor([3, 0, 3, ITEMS - 1])
-    whole, some = model.item_head(), model.head_of(items)
+    whole, some = model.item_embeddings(), model.embeddings_of(items)
     torch.testing.assert_close(some.weight, whole.weight[items])
     torch.testing.assert_close(some.bias, whole.bias[items])

@@ -86,7 +86,7 @@ def test_serving_reads_the_last_window() -> None:
     assert state.seen.tolist() == [WINDOW + 5, 0, 3, WINDOW]
     assert state.items[0].tolist() == histories[0][-WINDOW:]
     assert state.items[2].tolist() == [0, 0, 0, *histories[2]]
-    vectors = model.user(state)
+    vectors = model.user_embedding(state)
     for row in (0, 2, 3):
         torch.testing.assert_close(vectors[row], by_hand(model, histories[row][-WINDOW:]))
     assert torch.equal(vectors[1], model.start)
@@ -171,7 +171,7 @@ def test_it_learns_an_answer_inside_the_window() -> None:
     answers = batch.offsets[1:] - 1
     for _ in range(60):
         vectors = model(batch)[answers]
-        loss = functional.cross_entropy(model.read(vectors), cues)
+        loss = functional.cross_entropy(model.score_vectors(vectors), cues)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -47,7 +47,7 @@ def test_one_pass_is_the_score_from_each_state(reader: str) -> None:
         for number in range(batch.user.numel()):
             start = int(events.offsets[batch.user[number]])
             index = torch.arange(start, start + int(batch.cut[number]))
-            state = model.advance(events.select(index, torch.tensor([0, len(index)])))
+            state = model.final_state(events.select(index, torch.tensor([0, len(index)])))
             a, b = batch.offsets[number : number + 2].tolist()
             served = model.score(state, batch.items[None, a:b], batch.times[number : number + 1])
             assert torch.allclose(served[0], trained[a:b], atol=1e-10)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from everlong.models.batch import Batch
-from everlong.models.user_model import ItemHead, UserModel, shift
+from everlong.models.user_model import ItemEmbeddings, UserModel, shift
 from everlong.testing import check_model
 
 
@@ -39,8 +39,8 @@ class Sum(UserModel):
             finals.append(sums[-1] if high > low else before)
         return torch.cat(outputs), SumState(torch.stack(finals))
 
-    def item_head(self) -> ItemHead:
-        return ItemHead(self.items.weight, self.items.weight[:, 0])
+    def item_embeddings(self) -> ItemEmbeddings:
+        return ItemEmbeddings(self.items.weight, self.items.weight[:, 0])
 
 
 def test_a_model_of_three_methods_keeps_the_laws() -> None:
@@ -81,8 +81,12 @@ def test_scores_of_candidates_are_those_of_the_catalogue() -> None:
     items = torch.tensor([[6, 0, 0], [1, 5, 2]])
     every = model.score(state)
     torch.testing.assert_close(model.score(state, items), every.gather(1, items))
-    narrow = model.user(state).bfloat16()
-    assert model.read(narrow).dtype == model.read(narrow, items).dtype == torch.bfloat16
+    narrow = model.user_embedding(state).bfloat16()
+    assert (
+        model.score_vectors(narrow).dtype
+        == model.score_vectors(narrow, items).dtype
+        == torch.bfloat16
+    )
 
 
 def test_one_step_is_the_encoding_of_one_event() -> None:
@@ -97,7 +101,7 @@ def test_what_a_model_cannot_do_is_said() -> None:
         Sum(0)
 
     class NoHead(Sum):
-        item_head = UserModel.item_head
+        item_embeddings = UserModel.item_embeddings
 
-    with pytest.raises(TypeError, match=r"NoHead does not score by dot products; use read\(\)"):
+    with pytest.raises(TypeError, match=r"NoHead does not score by dot products; use score_vectors\(\)"):
         NoHead(3).score(NoHead(3).initial_state(1))

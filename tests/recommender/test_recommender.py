@@ -215,7 +215,7 @@ def test_a_loaded_recommender_goes_on_as_the_saved_one(
 def test_similar_items_are_nearest_by_cosine(recommender: Recommender) -> None:
     result = recommender.similar_items(["i03", "i07"], k=4)
     assert result.columns == ["item_id", "similar_item_id", "score", "rank"]
-    weight = recommender.model.item_head().weight.detach().double().numpy()
+    weight = recommender.model.item_embeddings().weight.detach().double().numpy()
     unit = weight / np.linalg.norm(weight, axis=1, keepdims=True)
     row = recommender.item_ids.rows(["i03"])[0]
     cosine = unit @ unit[row]

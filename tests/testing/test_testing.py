@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everlong.models.batch import Batch
 from everlong.models.state import State
-from everlong.models.user_model import ItemHead, UserModel
+from everlong.models.user_model import ItemEmbeddings, UserModel
 from everlong.testing import LAWS, LawBroken, check_model
 
 
@@ -69,8 +69,8 @@ class Tiny(UserModel):
     def remember(self, hidden: Tensor) -> State:
         return TinyState(hidden, torch.tanh(hidden @ self.mix))
 
-    def item_head(self) -> ItemHead:
-        return ItemHead(self.items, self.bias)
+    def item_embeddings(self) -> ItemEmbeddings:
+        return ItemEmbeddings(self.items, self.bias)
 
 
 class MutatesState(Tiny):
@@ -81,7 +81,7 @@ class MutatesState(Tiny):
 
 class ScoreMutatesState(Tiny):
     def score(self, state, items=None, at=None):
-        return self.read(state.user.add_(1.0), items)
+        return self.score_vectors(state.user.add_(1.0), items)
 
 
 class MutatesBatch(Tiny):
@@ -251,9 +251,9 @@ class StepDetaches(Tiny):
 
 
 class CandidatesWithoutBias(Tiny):
-    def read(self, user, items=None):
+    def score_vectors(self, user, items=None):
         if items is None:
-            return super().read(user)
+            return super().score_vectors(user)
         return torch.einsum("bd,bcd->bc", user, self.items[items])
 
 

@@ -98,7 +98,7 @@ def test_gradients_are_those_of_the_whole_chain(tmp_path: Path) -> None:
 
     def loss() -> torch.Tensor:
         with items.live(rows, encoder(encoder.tokenize([TEXTS[n] for n in rows.tolist()]))):
-            return full_softmax(model(batch), model.item_head(), batch.items)
+            return full_softmax(model(batch), model.item_embeddings(), batch.items)
 
     loss().backward()
     assert encoder.item.grad is not None

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from everlong.models.user_model import ItemHead
+from everlong.models.user_model import ItemEmbeddings
 from everlong.training.losses import (
     Negatives,
     NegativeSampler,
@@ -35,8 +35,8 @@ class Case:
         self.targets = torch.randint(items, (events,), generator=random)
 
     @property
-    def head(self) -> ItemHead:
-        return ItemHead(self.weight, self.bias)
+    def head(self) -> ItemEmbeddings:
+        return ItemEmbeddings(self.weight, self.bias)
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(loss, (self.vectors, self.weight, self.bias))
@@ -87,7 +87,7 @@ def test_one_input_alone_may_need_a_gradient(kept: str) -> None:
         name: getattr(case, name) if name == kept else getattr(case, name).detach()
         for name in ("vectors", "weight", "bias")
     }
-    head = ItemHead(parts["weight"], parts["bias"])
+    head = ItemEmbeddings(parts["weight"], parts["bias"])
     loss = full_softmax(parts["vectors"], head, case.targets)
     expected = reference_softmax(parts["vectors"], head, case.targets)
     (ours,), (theirs,) = (torch.autograd.grad(x, [parts[kept]]) for x in (loss, expected))
@@ -107,7 +107,7 @@ def test_a_second_derivative_is_refused_instead_of_wrong() -> None:
 def test_a_target_whose_chance_underflows_has_its_loss(gap: float, dtype: torch.dtype) -> None:
     bias = torch.zeros(3)
     bias[0] = -gap
-    head = ItemHead(torch.zeros(3, 2), bias.requires_grad_())
+    head = ItemEmbeddings(torch.zeros(3, 2), bias.requires_grad_())
     targets = torch.tensor([0, 1, 0])
     loss = full_softmax(torch.ones(3, 2), head, targets, dtype=dtype)
     expected = reference_softmax(torch.ones(3, 2), head, targets)
@@ -315,11 +315,11 @@ def test_nce_of_three_items_by_hand() -> None:
     # scores of items 0, 1, 2: the first event 1, 4.5, 1.2; the second 0, 2.5, -0.2
     first = -math.log(math.exp(1) / (math.exp(1) + 2 * math.exp(1.2)))
     second = -math.log(math.exp(2.5) / (math.exp(2.5) + math.exp(0) + 2 * math.exp(-0.2)))
-    loss = nce(vectors, ItemHead(weight, bias), targets, items)
+    loss = nce(vectors, ItemEmbeddings(weight, bias), targets, items)
     assert float(loss) == pytest.approx((first + second) / 2, rel=1e-12)
     # the second event's target is too much like item 2 for this bound, the first one's is not
     second = -math.log(math.exp(2.5) / (math.exp(2.5) + math.exp(0)))
-    loss = nce(vectors, ItemHead(weight, bias), targets, items, same=0.7)
+    loss = nce(vectors, ItemEmbeddings(weight, bias), targets, items, same=0.7)
     assert float(loss) == pytest.approx((first + second) / 2, rel=1e-12)
 
 
@@ -328,7 +328,7 @@ def test_a_negative_much_like_the_target_does_not_count(degrees: float, counts: 
     # cos 7 = 0.9925, cos 9 = 0.9877; lengths do not matter
     angle = math.radians(degrees)
     near = [3 * math.cos(angle), 3 * math.sin(angle)]
-    head = ItemHead(torch.tensor([[1.0, 0.0], near, [0.0, 1.0]]), torch.zeros(3))
+    head = ItemEmbeddings(torch.tensor([[1.0, 0.0], near, [0.0, 1.0]]), torch.zeros(3))
     vectors, targets = torch.ones(1, 2), torch.tensor([0])
     with_it = nce(vectors, head, targets, torch.tensor([1, 2]))
     without = nce(vectors, head, targets, torch.tensor([2]))
@@ -339,7 +339,7 @@ def test_a_negative_much_like_the_target_does_not_count(degrees: float, counts: 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 def test_nce_of_equal_scores_is_the_log_of_their_number(scale: float) -> None:
     # vectors of zeros have no direction to compare; the target is then known by its row
-    head = ItemHead(scale * torch.eye(12), torch.full((12,), 0.3))
+    head = ItemEmbeddings(scale * torch.eye(12), torch.full((12,), 0.3))
     vectors, targets = torch.zeros(4, 12), torch.tensor([0, 3, 3, 11])
     for items, others in ((torch.arange(4, 11), 7), (torch.arange(12), 11)):
         loss = nce(vectors, head, targets, items)

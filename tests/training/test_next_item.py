@@ -90,7 +90,7 @@ def settings(**changes: Any) -> TrainConfig:
 
 def score(model: UserModel) -> dict[str, float]:
     """A validation without data: any number that depends on the parameters."""
-    return {"NDCG@10": float(model.item_head().weight.detach().double().sum())}
+    return {"NDCG@10": float(model.item_embeddings().weight.detach().double().sum())}
 
 
 def outcome(model: UserModel, result: TrainResult) -> tuple[dict[str, Tensor], list[Any], Any]:
@@ -498,9 +498,9 @@ class Watched(LRU):
         self.calls.append((events.num_users, self.training))
         return super().encode(events, state)
 
-    def advance(self, events: Batch, state: Any = None) -> Any:
+    def final_state(self, events: Batch, state: Any = None) -> Any:
         self.calls.append((events.num_users, self.training))
-        return super().advance(events, state)
+        return super().final_state(events, state)
 
 
 def test_a_state_is_made_only_where_a_history_goes_on_and_without_dropout() -> None:

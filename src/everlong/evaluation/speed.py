@@ -126,7 +126,7 @@ def _train_speed(model: UserModel, threads: int, seconds: float) -> Speed:
 
     def update() -> None:
         vectors = model(events)
-        full_softmax(vectors, model.item_head(), events.items).backward()  # type: ignore[no-untyped-call]
+        full_softmax(vectors, model.item_embeddings(), events.items).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
 
     model.train()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from everlong.inference.topk import NONE, top_k, top_k_items
-from everlong.models.user_model import ItemHead
+from everlong.models.user_model import ItemEmbeddings
 from everlong.ops.coarse_scores import (
     coarse_above,
     coarse_best,
@@ -72,7 +72,7 @@ class Catalogue:
         ValueError: if a vector or a bias is not finite.
     """
 
-    def __init__(self, head: ItemHead, *, coarse: bool | None = None) -> None:
+    def __init__(self, head: ItemEmbeddings, *, coarse: bool | None = None) -> None:
         weight, bias = (part.detach().to("cpu", torch.float32).contiguous() for part in head)
         if not (bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
             raise ValueError(

@@ -66,7 +66,7 @@ def encode_histories(
             if begin[0] > 0:
                 parts[-1], unfinished = _split_last(parts[-1])
                 state = put(state, torch.zeros(1, dtype=torch.int64, device=place), unfinished)
-            parts.append(model.advance(batch.to(place), state))
+            parts.append(model.final_state(batch.to(place), state))
             done += batch.num_events
             if progress is not None:
                 progress(done, int(lengths.sum()))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from everlong.models.item_vectors import ItemConfig, ItemVectors
-from everlong.models.user_model import ItemHead
+from everlong.models.user_model import ItemEmbeddings
 from everlong.ops.dropout import Dropout
 from everlong.ops.pointwise_attention import Blocks
 
@@ -106,10 +106,10 @@ class Backbone(nn.Module):
 
     def nobody(self) -> Tensor:
         """The user vector ``[D]`` of users without events: the start vector, which sees nothing."""
-        vector: Tensor = self.user(self.layers[-1].alone(self.start))  # type: ignore[operator]
+        vector: Tensor = self.user_embedding(self.layers[-1].alone(self.start))  # type: ignore[operator]
         return vector
 
-    def user(self, values: Tensor) -> Tensor:
+    def user_embedding(self, values: Tensor) -> Tensor:
         """User vectors ``[N, D]`` of length 1 / temperature, from the output of the last layer."""
         log_sharpness = self.log_sharpness_bias
         # the bound lets gradients through, so that what has reached it can come back
@@ -117,14 +117,14 @@ class Backbone(nn.Module):
         sharpness = (log_sharpness - beyond).exp()
         return functional.normalize(self.finish(values), dim=-1) * sharpness
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """Item vectors of length 1, without biases."""
         return self._head(self.items.table())
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items ``[n]``."""
         return self._head(self.items(items))
 
-    def _head(self, vectors: Tensor) -> ItemHead:
+    def _head(self, vectors: Tensor) -> ItemEmbeddings:
         weight = functional.normalize(vectors, dim=-1)
-        return ItemHead(weight, weight.new_zeros(weight.shape[0]))
+        return ItemEmbeddings(weight, weight.new_zeros(weight.shape[0]))

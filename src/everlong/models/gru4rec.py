@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from everlong.models.batch import Batch
 from everlong.models.item_vectors import ItemConfig, ItemVectors
-from everlong.models.user_model import ItemHead, UserModel
+from everlong.models.user_model import ItemEmbeddings, UserModel
 from everlong.ops.dropout import Dropout
 
 
@@ -94,7 +94,7 @@ class GRU4Rec(UserModel):
         hidden = state.hidden.index_copy(0, users, last.transpose(0, 1))
         return self._leave(outputs), GRU4RecState(hidden)
 
-    def user(self, state: GRU4RecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: GRU4RecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]``, from the last layer."""
         return self._leave(state.hidden[:, -1])
 
@@ -102,13 +102,13 @@ class GRU4Rec(UserModel):
         found: Tensor = self.leave(self.dropout(hidden))
         return found
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """The item vectors, tied, and the item biases."""
-        return ItemHead(self.items.table(), self.item_bias)
+        return ItemEmbeddings(self.items.table(), self.item_bias)
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items, without the others."""
-        return ItemHead(self.items(items), self.item_bias[items])
+        return ItemEmbeddings(self.items(items), self.item_bias[items])
 
 
 def time_major(events: Batch) -> tuple[Tensor, Tensor, Tensor]:

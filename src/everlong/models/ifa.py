@@ -168,7 +168,7 @@ class IFA(Ranker):
             none.clone(),
         )
 
-    def advance(self, events: Batch, state: IFAState | None = None) -> IFAState:  # type: ignore[override]
+    def final_state(self, events: Batch, state: IFAState | None = None) -> IFAState:  # type: ignore[override]
         """The states after all events, in any order: two products a layer, head and user."""
         return self._added(events, state, add_events)
 
@@ -275,7 +275,7 @@ class IFA(Ranker):
 
     # reading
 
-    def user(self, state: IFAState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: IFAState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """All that candidates read of users at a time, flat: ``[B, U]``."""
         at = state.at if at is None else at
         # a request in the past of the newest event is one at that event
@@ -298,7 +298,7 @@ class IFA(Ranker):
         )
         return Memory(weighted, mass, Recent(events, age, present, present), context)
 
-    def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
+    def score_vectors(self, user: Tensor, items: Tensor | None = None) -> Tensor:
         """Scores from memories ``[B, U]``: ``[B, I]``, or ``[B, C]`` for ``items [B, C]``."""
         memory, users = self._memory(user), user.shape[0]
         if items is None:

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from everlong.models.batch import Batch
 from everlong.models.item_vectors import ItemConfig, ItemVectors
-from everlong.models.user_model import ItemHead, UserModel
+from everlong.models.user_model import ItemEmbeddings, UserModel
 from everlong.ops.dropout import Dropout
 from everlong.ops.linear_scan import linear_scan
 from everlong.ops.lru_step import StepParameters, lru_step
@@ -122,7 +122,7 @@ class LRU(UserModel):
         last = outputs[(events.offsets[1:] - 1).clamp(min=0)]
         return outputs, LRUState(hidden, torch.where(busy, last, state.user))
 
-    def advance(self, events: Batch, state: LRUState | None = None) -> LRUState:  # type: ignore[override]
+    def final_state(self, events: Batch, state: LRUState | None = None) -> LRUState:  # type: ignore[override]
         """The final states alone: past its recurrence the last block works on last events only."""
         if state is None:
             state = self.initial_state(events.num_users)
@@ -192,13 +192,13 @@ class LRU(UserModel):
         values: Tensor = self.norm(self.dropout(embedded))
         return values
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """The item vectors, tied, and the item biases (section 3.4)."""
-        return ItemHead(self.items.table(), self.item_bias)
+        return ItemEmbeddings(self.items.table(), self.item_bias)
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items, without the others."""
-        return ItemHead(self.items(items), self.item_bias[items])
+        return ItemEmbeddings(self.items(items), self.item_bias[items])
 
 
 class Block(nn.Module):

@@ -94,7 +94,7 @@ class Markov(CountingModel):
         rows = busy.nonzero().flatten()
         return outputs, MarkovState(state.user.index_copy(0, rows, outputs[last]))
 
-    def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
+    def score_vectors(self, user: Tensor, items: Tensor | None = None) -> Tensor:
         """Shares of what follows the last items ``user [B, 1]``: ``[B, I]``, or ``[B, C]``.
 
         (pairs + backoff * popularity share) / (followers + backoff): a user without a last item,

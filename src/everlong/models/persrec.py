@@ -30,7 +30,7 @@ from everlong.models.backbone import Backbone, BackboneConfig, Sight
 from everlong.models.batch import Batch
 from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
 from everlong.models.ring import first_times, next_times
-from everlong.models.user_model import ItemHead, UserModel, shift
+from everlong.models.user_model import ItemEmbeddings, UserModel, shift
 from everlong.ops.pointwise_attention import Blocks
 from everlong.ops.spans import Spans, make_plan, split_runs
 
@@ -176,7 +176,7 @@ class Reader(nn.Module):
                 values, sight = values[rows], Sight(asked, query_times, key_times)
             values = layer(values, key, value, sight)
         made = Summaries(torch.stack(keys, dim=1), torch.stack(offered, dim=1), slots.token_times)
-        return backbone.user(values), made
+        return backbone.user_embedding(values), made
 
 
 class Slots(NamedTuple):
@@ -322,7 +322,7 @@ class Stream(UserModel):
             return self.reader.backbone.start.new_zeros(0, self.config.dim)
         folds, cuts = self._cuts(state, events, self._skipped(state))
         outputs, _ = self._read(state, events, folds, cuts, next_times(events))
-        return shift(outputs, self.user(state, first_times(events)), events.offsets)
+        return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
 
     def step(self, events: Batch, state: PerSRecState) -> PerSRecState:  # type: ignore[override]
         """Appends one event of each user; where there is no place for it, folds a segment first."""
@@ -336,7 +336,7 @@ class Stream(UserModel):
             filled=state.filled + 1,
         )
 
-    def user(self, state: PerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: PerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
         some = state.filled.nonzero().flatten()
         vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)
@@ -351,13 +351,13 @@ class Stream(UserModel):
         outputs, _ = self._read(state, nothing, none, cuts, at)
         return vectors.index_copy(0, some, outputs.to(vectors.dtype))
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """The embedding table, tied, as unit vectors."""
-        return self.reader.backbone.item_head()
+        return self.reader.backbone.item_embeddings()
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items, without the others."""
-        return self.reader.backbone.head_of(items)
+        return self.reader.backbone.embeddings_of(items)
 
     def _skipped(self, state: PerSRecState) -> Tensor:
         """``[B]`` events that the first segment of a history lacks; in training a random number."""

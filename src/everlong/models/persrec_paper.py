@@ -30,7 +30,7 @@ from everlong.models.batch import Batch
 from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
 from everlong.models.persrec import Reader, Segments, Summaries, check_depth, rows_of, runs
 from everlong.models.ring import first_times, next_times
-from everlong.models.user_model import ItemHead, UserModel, shift
+from everlong.models.user_model import ItemEmbeddings, UserModel, shift
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class Paper(UserModel):
         held = state.filled + events.lengths
         cuts = self._random_cuts(held) if self.training else self._cuts(held)
         outputs, _, _ = self._read(state, events, cuts, next_times(events))
-        return shift(outputs, self.user(state, first_times(events)), events.offsets)
+        return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
 
     def step(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:  # type: ignore[override]
         """Appends one event of each user; makes summaries anew that are due."""
@@ -203,7 +203,7 @@ class Paper(UserModel):
         _, made, tokens = self._read(state, nothing, self._cuts(state.filled), none)
         return self._with_summaries(state, made, tokens)
 
-    def user(self, state: PaperPerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: PaperPerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
         config, some = self.config, state.filled.nonzero().flatten()
         vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)
@@ -232,13 +232,13 @@ class Paper(UserModel):
         outputs, _ = self.reader(segments, carried, at)
         return vectors.index_copy(0, some, outputs.to(vectors.dtype))
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """The embedding table, tied, as unit vectors."""
-        return self.reader.backbone.item_head()
+        return self.reader.backbone.item_embeddings()
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items, without the others."""
-        return self.reader.backbone.head_of(items)
+        return self.reader.backbone.embeddings_of(items)
 
     def _cuts(self, held: Tensor) -> Cuts:
         recent = (held - self.config.recent).clamp(min=0)

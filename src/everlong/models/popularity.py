@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everlong.models.batch import Batch
 from everlong.models.state import State
-from everlong.models.user_model import CountingModel, ItemHead
+from everlong.models.user_model import CountingModel, ItemEmbeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,9 @@ class Popularity(CountingModel):
             state = self.initial_state(events.num_users)
         return self.counts.new_ones(events.num_events, 1), state
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """The counts as item vectors of width 1."""
-        return ItemHead(self.counts[:, None], torch.zeros_like(self.counts))
+        return ItemEmbeddings(self.counts[:, None], torch.zeros_like(self.counts))
 
 
 class RecentPopularity(Popularity):

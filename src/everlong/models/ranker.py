@@ -142,7 +142,7 @@ class Ranker(UserModel):
         """Memories ``[N, U]`` after each event, flat, and the final states.
 
         The memory of every event would fill the machine: who needs the final state alone calls
-        ``advance``, who ranks candidates calls ``rank``.
+        ``final_state``, who ranks candidates calls ``rank``.
         """
         if state is None:
             state = self.initial_state(events.num_users)
@@ -150,7 +150,7 @@ class Ranker(UserModel):
         for step in one_by_one(events):
             now = self.step(step.events, states.take(last, step.rows))
             last = states.put(last, step.rows, now)
-            outputs.append((step.places, self.user(now)))
+            outputs.append((step.places, self.user_embedding(now)))
         return self._in_order(outputs), last
 
     def forward(self, events: Batch, state: State | None = None) -> Tensor:
@@ -160,13 +160,13 @@ class Ranker(UserModel):
         outputs = []
         for step in one_by_one(events):
             before = states.take(state, step.rows)
-            outputs.append((step.places, self.user(before, step.events.times)))
+            outputs.append((step.places, self.user_embedding(before, step.events.times)))
             state = states.put(state, step.rows, self.step(step.events, before))
         return self._in_order(outputs)
 
     def _in_order(self, outputs: list[tuple[Tensor, Tensor]]) -> Tensor:
         if not outputs:
-            width = self.user(self.initial_state(1)).shape[1]
+            width = self.user_embedding(self.initial_state(1)).shape[1]
             return self.event_norm.weight.new_zeros(0, width)
         order = torch.cat([places for places, _ in outputs]).argsort()
         return torch.cat([values for _, values in outputs])[order]

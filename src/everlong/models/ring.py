@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everlong.models.backbone import Backbone, BackboneConfig, Sight
 from everlong.models.batch import Batch
-from everlong.models.user_model import ItemHead, UserModel, shift
+from everlong.models.user_model import ItemEmbeddings, UserModel, shift
 from everlong.ops.spans import Spans, make_plan, split_runs
 
 
@@ -87,9 +87,9 @@ class Ring(UserModel):
         if events.num_events == 0:
             return self.backbone.start.new_zeros(0, self.config.dim)
         outputs = self._run(events, state, next_times(events)).outputs
-        return shift(outputs, self.user(state, first_times(events)), events.offsets)
+        return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
 
-    def user(self, state: RingState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: RingState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event.
 
         The last layer alone is computed: ``W D`` multiply-adds twice, whatever the history.
@@ -109,15 +109,15 @@ class Ring(UserModel):
         key, value = (part[some, -1].flatten(0, 1) for part in (state.keys, state.values))
         sight = Sight(plan, at, times.flatten())
         outputs = self.backbone.layers[-1](state.newest[some], key, value, sight)
-        return vectors.index_copy(0, some, self.backbone.user(outputs).to(vectors.dtype))
+        return vectors.index_copy(0, some, self.backbone.user_embedding(outputs).to(vectors.dtype))
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """The embedding table, tied, as unit vectors."""
-        return self.backbone.item_head()
+        return self.backbone.item_embeddings()
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items, without the others."""
-        return self.backbone.head_of(items)
+        return self.backbone.embeddings_of(items)
 
     def _run(self, events: Batch, state: RingState, query_times: Tensor) -> _Run:
         config, backbone = self.config, self.backbone
@@ -159,7 +159,7 @@ class Ring(UserModel):
             entered = values
             sight = Sight(plan, query_times if is_last else events.times, key_times)
             values = layer(values, key, value, sight)
-        return _Run(backbone.user(values), memories, entered)
+        return _Run(backbone.user_embedding(values), memories, entered)
 
     def _append(self, events: Batch, state: RingState, run: _Run) -> RingState:
         """The state after the events: the last W of old and new ones."""

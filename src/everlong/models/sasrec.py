@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from everlong.models.batch import Batch
 from everlong.models.item_vectors import ItemConfig, ItemVectors
-from everlong.models.user_model import ItemHead, UserModel
+from everlong.models.user_model import ItemEmbeddings, UserModel
 from everlong.ops.dropout import Dropout
 
 SHORT = 8
@@ -143,7 +143,7 @@ class SASRec(UserModel):
         new = events.items[:, None].to(torch.int32)
         return SASRecState(torch.cat([state.items[:, 1:], new], dim=1), state.seen + 1)
 
-    def user(self, state: SASRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: SASRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """The user vector ``[B, D]``: attention over the last W events of each user."""
         vectors = self.start.expand(state.seen.numel(), -1)
         windows = latest(state.seen, self.config.window)
@@ -153,13 +153,13 @@ class SASRec(UserModel):
         newest = hidden[windows.lengths.cumsum(0) - 1]
         return vectors.to(newest.dtype).index_copy(0, windows.user, newest)
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """The item vectors, tied, and the item biases."""
-        return ItemHead(self.items.table(), self.item_bias)
+        return ItemEmbeddings(self.items.table(), self.item_bias)
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items, without the others."""
-        return ItemHead(self.items(items), self.item_bias[items])
+        return ItemEmbeddings(self.items(items), self.item_bias[items])
 
     def _append(self, events: Batch, state: SASRecState) -> SASRecState:
         """The state after the events: the last W items of old and new ones."""

@@ -108,7 +108,7 @@ class TargetAttention(Ranker):
         codes = times[..., None].repeat(1, 1, len(self.config.fields)).to(torch.int32)
         return TargetAttentionState(times.to(torch.int32), times, codes, none, none.clone())
 
-    def advance(  # type: ignore[override]
+    def final_state(  # type: ignore[override]
         self, events: Batch, state: TargetAttentionState | None = None
     ) -> TargetAttentionState:
         """The last events of each user."""
@@ -122,9 +122,9 @@ class TargetAttention(Ranker):
 
     def step(self, events: Batch, state: TargetAttentionState) -> TargetAttentionState:  # type: ignore[override]
         """Appends one event of each user."""
-        return self.advance(events, state)
+        return self.final_state(events, state)
 
-    def user(self, state: TargetAttentionState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: TargetAttentionState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Events, their items and the time of the request, flat: ``[B, U]``."""
         at = state.times[:, -1] if at is None else at
         recent = self._recent_at(held_by(state), at)
@@ -132,7 +132,7 @@ class TargetAttention(Ranker):
         parts = [*recent, self._when(at).to(recent.events.dtype)]
         return torch.cat([part.flatten(1).to(recent.events.dtype) for part in parts], dim=1)
 
-    def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
+    def score_vectors(self, user: Tensor, items: Tensor | None = None) -> Tensor:
         """Scores from memories ``[B, U]``: ``[B, I]``, or ``[B, C]`` for ``items [B, C]``."""
         size, dim, users = self.config.window, self.config.dim, user.shape[0]
         shapes = [(size, dim), (size,), (size,), (size,), (dim,)]

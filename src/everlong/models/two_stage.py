@@ -17,7 +17,7 @@ from everlong.models.batch import Batch
 from everlong.models.ranker import Ranker
 from everlong.models.registry import config_class, load_model_class, load_ranker_class
 from everlong.models.state import State, field_names
-from everlong.models.user_model import ItemHead, UserModel
+from everlong.models.user_model import ItemEmbeddings, UserModel
 from everlong.system.settings import load_settings
 
 
@@ -70,12 +70,12 @@ class TwoStage(UserModel):
         """The outputs of the retriever, and both states."""
         a, b = self.parts(self.initial_state(events.num_users) if state is None else state)
         outputs, retrieved = self.retriever.encode(events, a)
-        return outputs, joined(retrieved, self.ranker.advance(events, b))
+        return outputs, joined(retrieved, self.ranker.final_state(events, b))
 
-    def advance(self, events: Batch, state: State | None = None) -> State:
+    def final_state(self, events: Batch, state: State | None = None) -> State:
         """Both states after all events."""
         a, b = self.parts(self.initial_state(events.num_users) if state is None else state)
-        return joined(self.retriever.advance(events, a), self.ranker.advance(events, b))
+        return joined(self.retriever.final_state(events, a), self.ranker.final_state(events, b))
 
     def step(self, events: Batch, state: State) -> State:
         """Both states after one event of each user."""
@@ -86,21 +86,21 @@ class TwoStage(UserModel):
         """The training path of the retriever."""
         return self.retriever(events, None if state is None else self.parts(state)[0])  # type: ignore[no-any-return]
 
-    def user(self, state: State, at: Tensor | None = None) -> Tensor:
+    def user_embedding(self, state: State, at: Tensor | None = None) -> Tensor:
         """The user vector of the retriever."""
-        return self.retriever.user(self.parts(state)[0], at)
+        return self.retriever.user_embedding(self.parts(state)[0], at)
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """Item vectors of the retriever."""
-        return self.retriever.item_head()
+        return self.retriever.item_embeddings()
 
-    def head_of(self, items: Tensor) -> ItemHead:
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
         """The same of some items."""
-        return self.retriever.head_of(items)
+        return self.retriever.embeddings_of(items)
 
-    def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
+    def score_vectors(self, user: Tensor, items: Tensor | None = None) -> Tensor:
         """Scores of the retriever from its user vectors."""
-        return self.retriever.read(user, items)
+        return self.retriever.score_vectors(user, items)
 
     def score(self, state: State, items: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Scores of the retriever."""

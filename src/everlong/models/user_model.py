@@ -18,7 +18,7 @@ from everlong.models.state import State
 StateKind = Literal["order-dependent", "additive"]
 
 
-class ItemHead(NamedTuple):
+class ItemEmbeddings(NamedTuple):
     """What turns a user vector into scores of items: ``user @ weight.T + bias``."""
 
     weight: Tensor  # [I, D]
@@ -28,9 +28,9 @@ class ItemHead(NamedTuple):
 class UserModel(nn.Module):
     """Reads users' events into states of fixed size and scores items from those states alone.
 
-    A model whose scores are dot products writes ``initial_state``, ``encode`` and ``item_head``;
-    its state has a field ``user [B, D]``, the output after the user's last event. Everything else
-    follows from these. Other models override ``read`` or ``score``.
+    A model whose scores are dot products writes ``initial_state``, ``encode`` and
+    ``item_embeddings``; its state has a field ``user [B, D]``, the output after the user's last
+    event. Everything else follows from these. Other models override ``score_vectors`` or ``score``.
     """
 
     state_kind: ClassVar[StateKind] = "order-dependent"
@@ -85,7 +85,7 @@ class UserModel(nn.Module):
             The output after each event ``[N, D]`` and the state after each user's last event.
         """
 
-    def advance(self, events: Batch, state: State | None = None) -> State:
+    def final_state(self, events: Batch, state: State | None = None) -> State:
         """The state after each user's last event: what ``encode`` returns, without the outputs."""
         return self.encode(events, state)[1]
 
@@ -102,9 +102,9 @@ class UserModel(nn.Module):
         if state is None:
             state = self.initial_state(events.num_users)
         outputs, _ = self.encode(events, state)
-        return shift(outputs, self.user(state), events.offsets)
+        return shift(outputs, self.user_embedding(state), events.offsets)
 
-    def user(self, state: State, at: Tensor | None = None) -> Tensor:
+    def user_embedding(self, state: State, at: Tensor | None = None) -> Tensor:
         """The user vector of a state, ``[B, D]``, at the times ``at [B]`` of requests.
 
         Models without time ignore ``at``; the others take that of the newest event without it.
@@ -112,21 +112,23 @@ class UserModel(nn.Module):
         vector: Tensor = state.user  # type: ignore[attr-defined]
         return vector
 
-    def item_head(self) -> ItemHead:
+    def item_embeddings(self) -> ItemEmbeddings:
         """Item vectors and biases of a model whose scores are dot products."""
-        raise TypeError(f"{type(self).__name__} does not score by dot products; use read()")
+        raise TypeError(
+            f"{type(self).__name__} does not score by dot products; use score_vectors()"
+        )
 
-    def head_of(self, items: Tensor) -> ItemHead:
-        """``item_head`` of some items ``[n]``; a model may know a shorter way to them."""
-        weight, bias = self.item_head()
-        return ItemHead(weight[items], bias[items])
+    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
+        """``item_embeddings`` of some items ``[n]``; a model may know a shorter way to them."""
+        weight, bias = self.item_embeddings()
+        return ItemEmbeddings(weight[items], bias[items])
 
-    def read(self, user: Tensor, items: Tensor | None = None) -> Tensor:
+    def score_vectors(self, user: Tensor, items: Tensor | None = None) -> Tensor:
         """Scores from user vectors ``[B, D]``: ``[B, I]``, or ``[B, C]`` for ``items [B, C]``."""
         if items is None:
-            weight, bias = self.item_head()
+            weight, bias = self.item_embeddings()
             return torch.addmm(bias.to(user.dtype), user, weight.to(user.dtype).T)
-        weight, bias = (part.to(user.dtype) for part in self.head_of(items.flatten()))
+        weight, bias = (part.to(user.dtype) for part in self.embeddings_of(items.flatten()))
         weight = weight.view(*items.shape, -1)
         return torch.einsum("bd,bcd->bc", user, weight) + bias.view(items.shape)
 
@@ -141,7 +143,7 @@ class UserModel(nn.Module):
         Returns:
             ``[B, I]`` or ``[B, C]``, higher is better.
         """
-        return self.read(self.user(state, at), items)
+        return self.score_vectors(self.user_embedding(state, at), items)
 
 
 class CountingModel(UserModel):

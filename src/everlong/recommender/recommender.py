@@ -295,7 +295,7 @@ class Recommender:
             raise ValueError(f"expected k >= 1, received {k}")
         ids = _series("item_id", items)
         rows = torch.from_numpy(self._known_items(ids))
-        weight = self.model.item_head().weight.detach().cpu()
+        weight = self.model.item_embeddings().weight.detach().cpu()
         if weight.shape[1] < 2:
             raise TypeError(f"the model {self.origin.model!r} has no item vectors to compare")
         vectors = torch.nn.functional.normalize(weight, dim=1)

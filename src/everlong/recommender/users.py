@@ -194,7 +194,7 @@ def _read_batch(
     index = torch.from_numpy(rows)
     state = table.read_states(index)
     on_device = type(state)(*(value.to(device) for value in state))
-    final = model.advance(batch.to(device), on_device)
+    final = model.final_state(batch.to(device), on_device)
     table.write_states(index, states.detach(type(final)(*(v.cpu() for v in final))))
     arrays = (batch.offsets.numpy(), batch.items.numpy(), batch.times.numpy())
     return table.note(rows, *arrays)

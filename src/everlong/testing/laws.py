@@ -105,7 +105,7 @@ def inputs_untouched(case: Case, events: Batch, state: State) -> None:
     items, at = case.draw.candidates(case.draw.num_users), one.times
     calls: dict[str, tuple[Batch, Callable[[Batch, State], object]]] = {
         "encode": (events, model.encode),
-        "advance": (events, model.advance),
+        "final_state": (events, model.final_state),
         "forward": (events, model.forward),
         "step": (one, model.step),
         "score": (one, lambda _, given: model.score(given, at=at)),
@@ -271,10 +271,10 @@ def encode_is_step(case: Case) -> None:
             outputs, final = model.encode(events, state)
             steps = list(walk(model, events, state))
             order = torch.cat([step.where for step in steps]).argsort()
-            stepped = torch.cat([model.user(step.after) for step in steps])[order]
+            stepped = torch.cat([model.user_embedding(step.after) for step in steps])[order]
         last = steps[-1].everyone
         case.same_state(
-            f"states of encode and advance {start}", final, model.advance(events, state)
+            f"states of encode and advance {start}", final, model.final_state(events, state)
         )
         case.same(f"outputs of encode and step {start}", outputs, stepped)
         case.same_state(f"states of encode and step {start}", final, last)
@@ -297,7 +297,7 @@ def gradients(
     """The gradient of every parameter for a random loss over all scores and the final state."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad():
-        loss = (model.read(result[0]) * on_scores).sum()
+        loss = (model.score_vectors(result[0]) * on_scores).sum()
         for value, weight in zip(result[1], on_state, strict=True):
             if value.is_floating_point():
                 loss = loss + (value * weight).sum()
@@ -320,7 +320,7 @@ def trained_is_served(case: Case) -> None:
         events = case.events()
         trained = model.forward(events, state)
         items = draw.candidates(events.num_events)
-        over_all, over_some = model.read(trained), model.read(trained, items)
+        over_all, over_some = model.score_vectors(trained), model.score_vectors(trained, items)
         what = f"in serving and in training {start}"
         for step in walk(model, events, state):
             at = events.times[step.where]

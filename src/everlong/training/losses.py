@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from everlong.models.user_model import ItemHead
+from everlong.models.user_model import ItemEmbeddings
 
 CHUNK_BYTES = 4 << 20
 """Size of one chunk of scores; a few times the second-level cache of a core works best."""
@@ -30,7 +30,7 @@ Skip = Callable[[slice], tuple[Tensor, Tensor]]
 
 def full_softmax(
     vectors: Tensor,
-    head: ItemHead,
+    head: ItemEmbeddings,
     targets: Tensor,
     *,
     dtype: torch.dtype | None = None,
@@ -56,7 +56,7 @@ def full_softmax(
     return loss
 
 
-def reference_softmax(vectors: Tensor, head: ItemHead, targets: Tensor) -> Tensor:
+def reference_softmax(vectors: Tensor, head: ItemEmbeddings, targets: Tensor) -> Tensor:
     """The same as ``full_softmax`` from the whole table of scores, for tests and comparison."""
     return torch.nn.functional.cross_entropy(vectors @ head.weight.T + head.bias, targets)
 
@@ -105,7 +105,7 @@ class NegativeSampler:
 
 def sampled_softmax(
     vectors: Tensor,
-    head: ItemHead,
+    head: ItemEmbeddings,
     targets: Tensor,
     negatives: Negatives,
     *,
@@ -143,7 +143,7 @@ def sampled_softmax(
 
 def nce(
     vectors: Tensor,
-    head: ItemHead,
+    head: ItemEmbeddings,
     targets: Tensor,
     items: Tensor,
     *,
@@ -190,7 +190,7 @@ def nce(
     return (torch.logaddexp(answers, others) - answers).mean()
 
 
-def _check(vectors: Tensor, head: ItemHead, targets: Tensor) -> None:
+def _check(vectors: Tensor, head: ItemEmbeddings, targets: Tensor) -> None:
     if vectors.shape[0] == 0 or vectors.shape[0] != targets.numel():
         raise ValueError(
             "a loss needs one target per user vector and at least one of them, received "
@@ -199,7 +199,7 @@ def _check(vectors: Tensor, head: ItemHead, targets: Tensor) -> None:
     _check_rows("targets", head, targets)
 
 
-def _check_rows(what: str, head: ItemHead, rows: Tensor) -> None:
+def _check_rows(what: str, head: ItemEmbeddings, rows: Tensor) -> None:
     if rows.numel() == 0:
         raise ValueError(f"a loss needs {what}: expected at least one item row, received none")
     low, high = int(rows.min()), int(rows.max())

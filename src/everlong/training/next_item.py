@@ -196,7 +196,7 @@ def _last_state(
     # in eval mode: the state that the next piece starts from has no dropout, as none that is served
     # has one, and no random number is drawn for it
     with serving(model):
-        return model.advance(row, carried if batch.carried and last == 0 else None)
+        return model.final_state(row, carried if batch.carried and last == 0 else None)
 
 
 def _filled_up(piece: TrainBatch) -> TrainBatch:
@@ -511,13 +511,13 @@ class _NextItemLoss:
         if not bool(labels.all()):
             vectors, items = vectors[labels], items[labels]
         if negatives is None:
-            head = self.model.item_head()
+            head = self.model.item_embeddings()
             vectors = vectors.to(head.weight.dtype)
             return full_softmax(vectors, head, items, dtype=self.dtype)
         # of the catalogue only what the loss is about
         both = torch.cat([items, negatives.items])
         rows, place = torch.unique(both, return_inverse=True)
-        head = self.model.head_of(rows)
+        head = self.model.embeddings_of(rows)
         vectors = vectors.to(head.weight.dtype)
         items, drawn = place[: items.numel()], place[items.numel() :]
         expected = negatives.target_log_expected[rows]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from tests.server_writer import check_against_log, save_models, write_until_killed
 
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 
 KILLS = int(os.environ.get("EVERLONG_KILLS", "8"))
@@ -103,7 +103,7 @@ def live_model(folder: Path) -> str:
 
 def check(folder: Path, models: Sequence[Path], history: History) -> None:
     """Everything that was acknowledged is there once, and both models have read it in order."""
-    known, live = [Deployment.read(path) for path in models], live_model(folder)
+    known, live = [ServedModel.read(path) for path in models], live_model(folder)
     service = Service(folder, known[0])
     try:
         assert service.live.name == live
@@ -124,9 +124,9 @@ def check(folder: Path, models: Sequence[Path], history: History) -> None:
             # the times of events say in which order they were sent
             assert [event.time for event in events] == sorted(event.time for event in events)
             assert all(service.shard_of(event.user_id) == number for event in events)
-            assert len(shard.arenas) == 2
-            for arena in shard.arenas.values():
-                assert check_against_log(arena, shard.log) == shard.log.verify()
+            assert len(shard.tables) == 2
+            for table in shard.tables.values():
+                assert check_against_log(table, shard.log) == shard.log.verify()
     finally:
         service.close()
 

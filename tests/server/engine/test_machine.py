@@ -27,11 +27,11 @@ from tests.server_writer import ITEMS, save_models
 from everlong.models.batch import Batch
 from everlong.models.device import serving
 from everlong.server.engine import shard as module
-from everlong.server.engine.deployment import Deployment, Wanted
+from everlong.server.engine.served_model import ServedModel, Wanted
 from everlong.server.engine.service import Service
 from everlong.server.engine.shard import Shard
 from everlong.server.store.log import Event, Receipt
-from everlong.server.store.standing import FACTOR
+from everlong.server.store.watermark import FACTOR
 
 EXAMPLES, STEPS = map(int, os.environ.get("EVERLONG_STEPS", "20x20").split("x"))
 """How many stories of how many steps; the long form is 200x50."""
@@ -52,7 +52,7 @@ class Taken(NamedTuple):
 class Story(RuleBasedStateMachine):
     """A service, and beside it what it should hold."""
 
-    models: Sequence[Deployment] = ()
+    models: Sequence[ServedModel] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Story(RuleBasedStateMachine):
             return
         model = self.models[self.live].model
         with serving(model):
-            scores = model.score(model.advance(Batch.from_histories([self.known(user)])))[0]
+            scores = model.score(model.final_state(Batch.from_histories([self.known(user)])))[0]
         torch.testing.assert_close(
             torch.tensor(found.scores), scores[found.items], rtol=1e-3, atol=1e-4
         )
@@ -191,16 +191,16 @@ class Story(RuleBasedStateMachine):
             ]
             keys = [log.key_of(one.event.event_id) for one in mine]
             numbers = [int.from_bytes(key[:8], "little") for key in keys]
-            for arena in self.service.shards[number].arenas.values():
-                assert (user in arena) == bool(mine)
+            for table in self.service.shards[number].tables.values():
+                assert (user in table) == bool(mine)
             if not mine:
                 assert info is None
                 continue
             chain = functools.reduce(lambda chain, one: (chain * CHAIN + one) % 2**64, numbers, 0)
             newest = max(one.event.time for one in mine)
             expected = (mine[-1].offset, len(mine), chain, sum(numbers) % 2**64, newest)
-            for arena in self.service.shards[number].arenas.values():
-                assert arena.standing(user) == expected
+            for table in self.service.shards[number].tables.values():
+                assert table.watermark(user) == expected
         assert self.service.num_users == len(self.users)
 
     @invariant()
@@ -208,12 +208,12 @@ class Story(RuleBasedStateMachine):
         users = [user for user in self.users if user not in self.late]
         for number, shard in enumerate(self.service.shards):
             mine = [user for user in users if self.service.shard_of(user) == number]
-            for arena in shard.arenas.values() if mine else ():
-                with serving(arena.model):
-                    expected = arena.model.advance(
+            for table in shard.tables.values() if mine else ():
+                with serving(table.model):
+                    expected = table.model.final_state(
                         Batch.from_histories([self.known(user) for user in mine])
                     )
-                for a, b in zip(arena.read(mine), expected, strict=True):
+                for a, b in zip(table.read(mine), expected, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
     @invariant()
@@ -240,7 +240,7 @@ def _slowly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_slowly")
 def test_a_service_stands_as_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    Story.models = [Deployment.read(folder) for folder in save_models(tmp_path)]
+    Story.models = [ServedModel.read(folder) for folder in save_models(tmp_path)]
     run_state_machine_as_test(
         Story,
         settings=settings(

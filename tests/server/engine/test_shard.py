@@ -13,8 +13,8 @@ import torch
 from tests.server_writer import ITEMS, check_against_log, opened
 
 from everlong.server.engine.shard import FullError, Shard
-from everlong.server.store.arena import Arena
 from everlong.server.store.log import DamagedError, Event, EventLog
+from everlong.server.store.state_table import StateTable
 
 
 @pytest.fixture
@@ -24,8 +24,8 @@ def shard(tmp_path: Path) -> Iterator[Shard]:
     found.close()
 
 
-def arena_of(shard: Shard) -> Arena:
-    (found,) = shard.arenas.values()
+def arena_of(shard: Shard) -> StateTable:
+    (found,) = shard.tables.values()
     return found
 
 
@@ -96,9 +96,9 @@ def test_an_erased_user_is_gone_and_late_deliveries_do_not_bring_them_back(
     events = [Event(f"e{n}", f"somebody-{n % 3}", n % ITEMS, 10**9 + n) for n in range(60)]
     shard.submit(events).result()
     assert shard.erase("somebody-1").result() == 20
-    assert arena_of(shard).standing("somebody-1") is None
+    assert arena_of(shard).watermark("somebody-1") is None
     assert not any(r.new for r in shard.submit(events[1:2]).result())
-    assert arena_of(shard).standing("somebody-1") is None
+    assert arena_of(shard).watermark("somebody-1") is None
     shard.log.verify()
     shard.close()
     for file in tmp_path.iterdir():
@@ -124,9 +124,9 @@ def test_readers_never_see_half_a_state(shard: Shard, monkeypatch: pytest.Monkey
 
     def look() -> None:
         while not stop.is_set():
-            before = arena_of(shard).standing(0)
+            before = arena_of(shard).watermark(0)
             state = arena_of(shard).read([0])
-            after = arena_of(shard).standing(0)
+            after = arena_of(shard).watermark(0)
             if before == after and not bool(torch.isfinite(state.user).all()):
                 broken.append(state)
 

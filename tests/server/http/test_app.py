@@ -21,7 +21,7 @@ import httpx
 from fastapi.testclient import TestClient
 from tests.server_models import ITEMS, event
 
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.http.app import MAX_BODY, make_app
 from everlong.server.http.keys import Key, Keys
@@ -30,7 +30,7 @@ from everlong.server.http.run import is_loopback, run_service
 
 @pytest.fixture
 def service(tmp_path: Path, models: list[Path]) -> Service:
-    return Service(tmp_path / "data", Deployment.read(models[0]), shards=2)
+    return Service(tmp_path / "data", ServedModel.read(models[0]), shards=2)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from tests.server_models import walk
 
 import everlong
 from everlong.data.split import PAPER
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.http.app import make_app
 from everlong.server.http.console import FILES, HEADERS, PAGES
@@ -73,7 +73,7 @@ def serving(service: Service, keys: Keys | None = None) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     data = tmp_path_factory.mktemp("data")
-    with serving(Service(data, Deployment.read(folder), shards=2)) as found:
+    with serving(Service(data, ServedModel.read(folder), shards=2)) as found:
         yield found
 
 
@@ -351,7 +351,7 @@ def test_keys(page: Page, folder: Path, tmp_path: Path) -> None:
         page.run("document.getElementById('key').focus()")
         page.press(key, Press.ENTER)
 
-    service = Service(tmp_path / "data", Deployment.read(folder))
+    service = Service(tmp_path / "data", ServedModel.read(folder))
     with serving(service, Keys.read(path)) as address:
         page.open(f"{address}/?user=ann")
         page.error("401 · GET /v1/users", "expected a key")
@@ -393,7 +393,7 @@ def test_numbers_stay_whole(page: Page, tmp_path: Path) -> None:
         protocol=PAPER,
     )
     found.save(tmp_path / "model")
-    service = Service(tmp_path / "data", Deployment.read(tmp_path / "model"))
+    service = Service(tmp_path / "data", ServedModel.read(tmp_path / "model"))
     user = 2**60 + 1
     with serving(service) as address:
         page.open(f"{address}/?user={user}")
@@ -403,7 +403,7 @@ def test_numbers_stay_whole(page: Page, tmp_path: Path) -> None:
             page.press("7", Press.ENTER)
             page.until(lambda turn=turn: len(page.texts("#history .id")) == turn + 1)
             time.sleep(1.1)  # another second, another event
-        assert service.info(user).standing.events == 2  # type: ignore[union-attr]
+        assert service.info(user).watermark.events == 2  # type: ignore[union-attr]
         assert page.text("#user-facts dd") == str(user)
 
 

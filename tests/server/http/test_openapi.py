@@ -26,7 +26,7 @@ from tests.server_models import walk
 
 import everlong
 from everlong.data.split import PAPER
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.http.app import MAX_BODY, make_app
 from everlong.server.http.keys import Key, Keys
@@ -57,7 +57,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         training={"epochs": 1, "batch_events": 64},
         protocol=PAPER.replace({"seen": "keep"}),
     ).save(folder / "model")
-    service = Service(folder / "data", Deployment.read(folder / "model"), shards=2)
+    service = Service(folder / "data", ServedModel.read(folder / "model"), shards=2)
     digest = hashlib.sha256(SECRET.encode()).hexdigest()
     key = Key(name="all", sha256=digest, scopes=frozenset({"ingest", "read", "admin"}))
     config = uvicorn.Config(make_app(service, Keys([key])), port=0, log_level="critical")

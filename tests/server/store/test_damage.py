@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from tests.server_writer import ITEMS, arena, opened
+from tests.server_writer import ITEMS, opened, table
 
 from everlong.server.engine.shard import Shard
 from everlong.server.store.log import (
@@ -69,7 +69,7 @@ def read(path: Path, *, verify: bool = True) -> tuple[Read, list[torch.Tensor]]:
         if verify:
             with closing(LogReader(path)) as beside:
                 beside.verify()
-        states = arena()
+        states = table()
         shard.bring_up(states)
         users = [f"user-{n}" for n in range(USERS)]
         log, seen = shard.log, "SELECT DISTINCT item_id FROM events WHERE user_id=?"
@@ -79,7 +79,7 @@ def read(path: Path, *, verify: bool = True) -> tuple[Read, list[torch.Tensor]]:
             [log.last_of_user(user, 3) for user in users],
             [{item for (item,) in log.connection.execute(seen, (user,))} for user in users],
             shard.submit(EVENTS).result(),
-            [states.standing(user) for user in users],
+            [states.watermark(user) for user in users],
         )
         return found, list(states.read(users))
     finally:

@@ -69,7 +69,7 @@ def check_full(folder: Path, free: Callable[[], object]) -> None:
                 shard.submit(group(refused)).result()
         # what is there can still be read, and what was refused is not there
         assert shard.log.total.events == len(told)
-        (states,) = shard.arenas.values()
+        (states,) = shard.tables.values()
         assert check_against_log(states, shard.log) == len(told)
         with closing(LogReader(path)) as beside:
             assert beside.verify() == len(told)
@@ -109,15 +109,15 @@ def test_a_full_disk_while_a_user_is_erased(small_disk: Path) -> None:
     path = small_disk / "shard.sqlite"
     shard = opened(path)
     fill(shard, {})
-    (states,) = shard.arenas.values()
+    (states,) = shard.tables.values()
     try:
         gone = shard.erase("u1").result()
     except OSError:
         # then all of the user is there
-        assert states.standing("u1") is not None
+        assert states.watermark("u1") is not None
     else:
         assert gone > 0
-        assert states.standing("u1") is None
+        assert states.watermark("u1") is None
     check_against_log(states, shard.log)
     shard.log.verify()
     shard.close()

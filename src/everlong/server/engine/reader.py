@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from everlong.inference.catalogue import NOTHING
 from everlong.models.state import State
-from everlong.server.engine.deployment import Deployment, Listed, Wanted
 from everlong.server.engine.priority import step_back
+from everlong.server.engine.served_model import Listed, ServedModel, Wanted
 from everlong.server.engine.shard import FullError
 from everlong.server.store.log import Id
 from everlong.server.store.seen import Seen
@@ -48,7 +48,7 @@ class Reader:
 
     def __init__(
         self,
-        live: Callable[[Sequence[Id]], tuple[Deployment, State]],
+        live: Callable[[Sequence[Id]], tuple[ServedModel, State]],
         seen: Seen,
         *,
         capacity: int = 1_000,
@@ -116,13 +116,13 @@ class Reader:
 
     def _serve(self, group: Sequence[Asked]) -> None:
         try:
-            deployment, state = self._live([asked.user_id for asked in group])
-            item_ids = deployment.item_ids
+            served_model, state = self._live([asked.user_id for asked in group])
+            item_ids = served_model.item_ids
             seen = [
                 self._seen.rows(asked.user_id, item_ids) if asked.filter_seen else NOTHING
                 for asked in group
             ]
-            lists = deployment.recommend(state, [asked.wanted for asked in group], seen)
+            lists = served_model.recommend(state, [asked.wanted for asked in group], seen)
         except Exception as error:
             if len(group) == 1:
                 group[0].done.set_exception(error)

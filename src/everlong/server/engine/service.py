@@ -24,10 +24,9 @@ import torch
 
 from everlong.models import state as states
 from everlong.models.state import State
-from everlong.server.engine.deployment import QUERIES, Deployment, Listed, Wanted
 from everlong.server.engine.reader import Reader
+from everlong.server.engine.served_model import QUERIES, Listed, ServedModel, Wanted
 from everlong.server.engine.shard import Shard
-from everlong.server.store.arena import Arena
 from everlong.server.store.log import (
     DamagedError,
     Event,
@@ -38,7 +37,8 @@ from everlong.server.store.log import (
     make_folder,
 )
 from everlong.server.store.seen import Seen
-from everlong.server.store.standing import Standing
+from everlong.server.store.state_table import StateTable
+from everlong.server.store.watermark import Watermark
 from everlong.system.atomic import write_bytes
 
 log = logging.getLogger(__name__)
@@ -57,15 +57,15 @@ class UserInfo(NamedTuple):
     """What is known of a user."""
 
     shard: int
-    standing: Standing
+    watermark: Watermark
     state_bytes: int
 
 
-class Served(NamedTuple):
-    """A model and its states, one arena a shard."""
+class LiveModel(NamedTuple):
+    """A model and its states, one table a shard."""
 
-    deployment: Deployment
-    arenas: list[Arena]
+    served_model: ServedModel
+    tables: list[StateTable]
 
 
 class Service:
@@ -73,8 +73,9 @@ class Service:
 
     Args:
         folder: where everything is kept; made where there is nothing.
-        deployment: the model that is asked for. If it was asked for the last time too, and another
-            one has been switched to since, that one goes on: a restart does not undo a switch.
+        served_model: the model that is asked for. If it was asked for the last time too, and
+            another one has been switched to since, that one goes on: a restart does not undo a
+            switch.
         shards: of a new folder; one that is there keeps its number.
         capacity: most events that wait in a shard.
 
@@ -84,7 +85,7 @@ class Service:
     """
 
     def __init__(
-        self, folder: Path, deployment: Deployment, *, shards: int = 1, capacity: int = 10_000
+        self, folder: Path, served_model: ServedModel, *, shards: int = 1, capacity: int = 10_000
     ) -> None:
         self.folder = folder
         make_folder(folder)
@@ -105,10 +106,10 @@ class Service:
                 )
             if known is None:
                 self._check_empty()
-            self._asked, self.hidden = deployment.name, list[Id](about.get("hidden", ()))
-            self._served, self._previous = self._started(deployment, about)
-            self._settle(self._served, self._previous, self.hidden)
-            names = {one.deployment.name for one in (self._served, self._previous) if one}
+            self._asked, self.hidden = served_model.name, list[Id](about.get("hidden", ()))
+            self._live_model, self._previous = self._started(served_model, about)
+            self._settle(self._live_model, self._previous, self.hidden)
+            names = {one.served_model.name for one in (self._live_model, self._previous) if one}
             for shard in self.shards:
                 shard.keep_records_of(names)
             self.reader = Reader(self._live_states, self.seen)
@@ -125,24 +126,24 @@ class Service:
             raise DamagedError(f"{self.folder} has logs but no {ABOUT}; restore it from a copy")
 
     def _started(
-        self, deployment: Deployment, about: Mapping[str, Any]
-    ) -> tuple[Served, Served | None]:
+        self, served_model: ServedModel, about: Mapping[str, Any]
+    ) -> tuple[LiveModel, LiveModel | None]:
         """What is live and what was before, with their states."""
         live, before = about.get("live"), about.get("previous")
-        if live and about["asked"] == deployment.name and live["digest"] != deployment.name:
+        if live and about["asked"] == served_model.name and live["digest"] != served_model.name:
             found = _stored(live)
             if found is None:
                 raise ValueError(
                     f"the live model was read from {live['folder']}, which does not hold it now: "
                     "put it back, or ask for another model"
                 )
-            deployment = found
-        elif live and live["digest"] != deployment.name:
+            served_model = found
+        elif live and live["digest"] != served_model.name:
             before = live
-        served = self._bring_up(deployment)
-        if before and before["digest"] != deployment.name and (found := _stored(before)):
-            return served, self._bring_up(found)
-        return served, None
+        live_model = self._bring_up(served_model)
+        if before and before["digest"] != served_model.name and (found := _stored(before)):
+            return live_model, self._bring_up(found)
+        return live_model, None
 
     def trouble(self) -> str | None:
         """Why requests should not come; None while they may."""
@@ -157,14 +158,14 @@ class Service:
         return None
 
     @property
-    def live(self) -> Deployment:
+    def live(self) -> ServedModel:
         """The model that answers."""
-        return self._served.deployment
+        return self._live_model.served_model
 
     @property
-    def previous(self) -> Deployment | None:
+    def previous(self) -> ServedModel | None:
         """The model that was live before, to which ``roll_back`` goes."""
-        return None if self._previous is None else self._previous.deployment
+        return None if self._previous is None else self._previous.served_model
 
     def close(self) -> None:
         """Answers what waits, writes all states, and stops; a second time nothing is left to do."""
@@ -217,23 +218,23 @@ class Service:
 
     def rank(self, user_id: Id, candidates: Sequence[Id], at: int | None = None) -> Listed:
         """Candidates in order for a user."""
-        deployment, state = self._live_states([user_id])
-        return deployment.rank(state, candidates, at)
+        served_model, state = self._live_states([user_id])
+        return served_model.rank(state, candidates, at)
 
     def info(self, user_id: Id) -> UserInfo | None:
         """What is known of a user; None of one who is not known."""
         number = self.shard_of(user_id)
-        arena = self._served.arenas[number]
-        if not arena.complete and user_id not in arena:
+        table = self._live_model.tables[number]
+        if not table.complete and user_id not in table:
             self.shards[number].warm([user_id])
-        standing = arena.standing(user_id)
-        if standing is None:
+        watermark = table.watermark(user_id)
+        if watermark is None:
             return None
-        return UserInfo(number, standing, arena.bytes_per_user)
+        return UserInfo(number, watermark, table.bytes_per_user)
 
     def knows(self, user_id: Id) -> bool:
         """Whether a user has a state."""
-        return user_id in self._served.arenas[self.shard_of(user_id)]
+        return user_id in self._live_model.tables[self.shard_of(user_id)]
 
     def history(self, user_id: Id, count: int) -> list[Stored]:
         """The last events of a user, newest first."""
@@ -242,29 +243,29 @@ class Service:
 
     def offset_of(self, user_id: Id) -> int:
         """Every event of a user's shard up to here is in the live states."""
-        return self._served.arenas[self.shard_of(user_id)].offset
+        return self._live_model.tables[self.shard_of(user_id)].offset
 
     @property
     def bytes_per_user(self) -> int:
-        """State and standing in the live model."""
-        return self._served.arenas[0].bytes_per_user
+        """State and watermark in the live model."""
+        return self._live_model.tables[0].bytes_per_user
 
     @property
     def num_users(self) -> int:
         """Users with a state."""
-        return sum(len(arena) for arena in self._served.arenas)
+        return sum(len(table) for table in self._live_model.tables)
 
-    def _live_states(self, user_ids: Sequence[Id]) -> tuple[Deployment, State]:
+    def _live_states(self, user_ids: Sequence[Id]) -> tuple[ServedModel, State]:
         """The live model and the states of users in it."""
-        live, arenas = self._served
+        live, tables = self._live_model
         owners = [self.shard_of(user_id) for user_id in user_ids]
         parts, places = [], []
         for number in sorted(set(owners)):
             mine = [place for place, owner in enumerate(owners) if owner == number]
-            names, arena = [user_ids[place] for place in mine], arenas[number]
-            if not arena.complete and (cold := [name for name in names if name not in arena]):
+            names, table = [user_ids[place] for place in mine], tables[number]
+            if not table.complete and (cold := [name for name in names if name not in table]):
                 self.shards[number].warm(cold)
-            parts.append(arena.read(names))
+            parts.append(table.read(names))
             places += mine
         if len(parts) == 1:
             return live, parts[0]
@@ -273,34 +274,34 @@ class Service:
 
     # models
 
-    def switch(self, deployment: Deployment, *, since: int | None = None) -> None:
+    def switch(self, served_model: ServedModel, *, since: int | None = None) -> None:
         """Builds the states of another model from the log while serving, then makes it live.
 
         The model that was live is kept up to date, so that ``roll_back`` is as quick.
 
         Args:
-            deployment: the model.
+            served_model: the model.
             since: users without an event at or after this time are left out at first: each of
                 their states is built when somebody asks for it.
         """
         with self._switching:
-            self._check_kinds(deployment)
-            live, previous = self._served, self._previous
-            if deployment.name == live.deployment.name:
-                deployment.catalogue = live.deployment.catalogue
-                self._settle(live._replace(deployment=deployment), previous, None)
+            self._check_kinds(served_model)
+            live, previous = self._live_model, self._previous
+            if served_model.name == live.served_model.name:
+                served_model.catalogue = live.served_model.catalogue
+                self._settle(live._replace(served_model=served_model), previous, None)
                 return
-            if previous is not None and previous.deployment.name == deployment.name:
-                deployment.catalogue = previous.deployment.catalogue
-                self._settle(previous._replace(deployment=deployment), live, None)
+            if previous is not None and previous.served_model.name == served_model.name:
+                served_model.catalogue = previous.served_model.catalogue
+                self._settle(previous._replace(served_model=served_model), live, None)
                 return
             if previous is not None:
                 self._settle(live, None, None)
-                for shard, arena in zip(self.shards, previous.arenas, strict=True):
-                    shard.drop(arena)
-            self._settle(self._bring_up(deployment, since), live, None)
+                for shard, table in zip(self.shards, previous.tables, strict=True):
+                    shard.drop(table)
+            self._settle(self._bring_up(served_model, since), live, None)
 
-    def roll_back(self) -> Deployment:
+    def roll_back(self) -> ServedModel:
         """Makes the model live again that was live before the last switch.
 
         Raises:
@@ -311,7 +312,7 @@ class Service:
                 raise ValueError(
                     "expected a model that was live before, received none; switch once"
                 )
-            self._settle(self._previous, self._served, None)
+            self._settle(self._previous, self._live_model, None)
             return self.live
 
     def hide(self, item_ids: Sequence[Id]) -> None:
@@ -319,7 +320,7 @@ class Service:
         self._settle(None, None, list(dict.fromkeys(item_ids)))
 
     def _settle(
-        self, live: Served | None, previous: Served | None, hidden: list[Id] | None
+        self, live: LiveModel | None, previous: LiveModel | None, hidden: list[Id] | None
     ) -> None:
         """Changes what is live, or what is hidden, on the disk first: what fails has not happened.
 
@@ -333,31 +334,31 @@ class Service:
         """
         with self._settling:
             if live is None:
-                live, previous = self._served, self._previous
+                live, previous = self._live_model, self._previous
             hidden = self.hidden if hidden is None else hidden
             self._write_about(live, previous, hidden)
-            for served in (live, previous):
-                if served is not None:
-                    served.deployment.hide(hidden)
-            self._served, self._previous, self.hidden = live, previous, hidden
+            for live_model in (live, previous):
+                if live_model is not None:
+                    live_model.served_model.hide(hidden)
+            self._live_model, self._previous, self.hidden = live, previous, hidden
 
-    def _bring_up(self, deployment: Deployment, since: int | None = None) -> Served:
-        self._check_kinds(deployment)
-        arenas = [deployment.arena() for _ in self.shards]
+    def _bring_up(self, served_model: ServedModel, since: int | None = None) -> LiveModel:
+        self._check_kinds(served_model)
+        tables = [served_model.table() for _ in self.shards]
         try:
-            for shard, arena in zip(self.shards, arenas, strict=True):
-                shard.bring_up(arena, since=since)
+            for shard, table in zip(self.shards, tables, strict=True):
+                shard.bring_up(table, since=since)
         except BaseException:
-            for shard, arena in zip(self.shards, arenas, strict=True):
-                shard.drop(arena)
+            for shard, table in zip(self.shards, tables, strict=True):
+                shard.drop(table)
             raise
-        deployment.prepare(arenas[0].read(arenas[0].some_users(QUERIES)))
-        deployment.warm_up()
-        return Served(deployment, arenas)
+        served_model.prepare(tables[0].read(tables[0].some_users(QUERIES)))
+        served_model.warm_up()
+        return LiveModel(served_model, tables)
 
-    def _check_kinds(self, deployment: Deployment) -> None:
+    def _check_kinds(self, served_model: ServedModel) -> None:
         """Refuses a model whose ids are of another type than those of the log."""
-        expected = (deployment.user_type, deployment.item_type)
+        expected = (served_model.user_type, served_model.item_type)
         for shard in self.shards:
             with closing(LogReader(shard.log.path)) as log:
                 events = log.after(0, 1)
@@ -388,15 +389,15 @@ class Service:
             ) from error
         return about
 
-    def _write_about(self, live: Served, previous: Served | None, hidden: list[Id]) -> None:
+    def _write_about(self, live: LiveModel, previous: LiveModel | None, hidden: list[Id]) -> None:
         if self._lock.closed:
             raise OSError("the service has ended; another process may have its folder")
         about = {
             "version": VERSION,
             "shards": len(self.shards),
             "asked": self._asked,
-            "live": _named(live.deployment),
-            "previous": None if previous is None else _named(previous.deployment),
+            "live": _named(live.served_model),
+            "previous": None if previous is None else _named(previous.served_model),
             "hidden": hidden,
         }
         write_bytes(self.folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
@@ -406,14 +407,14 @@ def _names(kinds: Sequence[type[Any]]) -> str:
     return " and ".join(kind.__name__ for kind in kinds)
 
 
-def _named(deployment: Deployment) -> Mapping[str, str]:
-    return {"folder": str(deployment.folder), "digest": deployment.name}
+def _named(served_model: ServedModel) -> Mapping[str, str]:
+    return {"folder": str(served_model.folder), "digest": served_model.name}
 
 
-def _stored(model: Mapping[str, str]) -> Deployment | None:
+def _stored(model: Mapping[str, str]) -> ServedModel | None:
     """A model that was served before; None if its folder does not hold it any more."""
     try:
-        found = Deployment.read(model["folder"])
+        found = ServedModel.read(model["folder"])
     # a folder may hold anything
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         log.warning("the model in %s cannot be served again: %s", model["folder"], error)

@@ -24,9 +24,9 @@ import numba
 import numpy as np
 
 from everlong.server.engine.priority import step_back
-from everlong.server.store.arena import Applied, Arena
 from everlong.server.store.log import Event, EventLog, Id, LogReader, Receipt, Slice, Stored
 from everlong.server.store.replay import backfill, read_on, rebuild
+from everlong.server.store.state_table import Applied, StateTable
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ DELETED = 512
 """Rows of states that are looked at by one deletion."""
 
 NEAR = 8_192
-"""An arena that lacks fewer events is brought up to the log by the writer itself."""
+"""An table that lacks fewer events is brought up to the log by the writer itself."""
 
 # names of facts, before that of the model
 _WATERMARK, _INCOMPLETE = "watermark ", "incomplete "
@@ -98,9 +98,9 @@ class Work(NamedTuple):
 
 
 class Unwritten(NamedTuple):
-    """States that are to be written, and up to where an arena's are all on disk after that."""
+    """States that are to be written, and up to where an table's are all on disk after that."""
 
-    arena: Arena
+    table: StateTable
     offset: int
     rows: np.ndarray
 
@@ -130,7 +130,7 @@ class Shard:
         self.log, self.capacity, self._on_erase = EventLog(path, new=new), capacity, on_erase
         # what a kill has left, also of those who were erased
         self.log.checkpoint()
-        self.arenas: dict[str, Arena] = {}
+        self.tables: dict[str, StateTable] = {}
         self.applied = Applied()
         self.repeated = 0
         self.writable = True
@@ -140,7 +140,7 @@ class Shard:
         self._written_at = 0.0
         self._pending: list[Unwritten] = []
         self._written: dict[str, int] = {}
-        # users who were erased while an arena, by its name, was being filled
+        # users who were erased while an table, by its name, was being filled
         self._erased_since: dict[str, set[Id]] = {}
         self._ended = False
         self._flushing, self._closing = threading.Lock(), threading.Event()
@@ -174,13 +174,13 @@ class Shard:
         """Queues the erasure of a user; the future holds how many events there were."""
         return self._do(lambda: self._erase(user_id))
 
-    def bring_up(self, arena: Arena, *, since: int | None = None) -> None:
-        """Fills an arena and keeps it up to date from then on; events are taken meanwhile.
+    def bring_up(self, table: StateTable, *, since: int | None = None) -> None:
+        """Fills an table and keeps it up to date from then on; events are taken meanwhile.
 
         From the records of its model if there are any, else from the whole log at once.
 
         Args:
-            arena: empty.
+            table: empty.
             since: see :func:`everlong.server.store.replay.backfill`.
 
         Raises:
@@ -189,22 +189,22 @@ class Shard:
         """
         began = time.monotonic()
         try:
-            self._do(lambda: self._restore(arena)).result()
+            self._do(lambda: self._restore(table)).result()
             with closing(LogReader(self.log.path)) as beside, _on_one_core():
-                if arena.offset == 0:
-                    backfill(beside, arena, since=since)
-                while beside.look().last - arena.offset > NEAR:
-                    read_on(beside, arena)
-            self._do(lambda: self._add(arena)).result()
+                if table.offset == 0:
+                    backfill(beside, table, since=since)
+                while beside.look().last - table.offset > NEAR:
+                    read_on(beside, table)
+            self._do(lambda: self._add(table)).result()
         except BaseException:
-            self._do(lambda: self._erased_since.pop(arena.name, None)).result()
+            self._do(lambda: self._erased_since.pop(table.name, None)).result()
             raise
-        log.info("%s: %d users in %.1f s", self.log.path.name, len(arena), time.monotonic() - began)
+        log.info("%s: %d users in %.1f s", self.log.path.name, len(table), time.monotonic() - began)
 
-    def drop(self, arena: Arena) -> None:
-        """Lets an arena go, and its records."""
-        self._do(lambda: self._drop(arena)).result()
-        self._delete_records({arena.name})
+    def drop(self, table: StateTable) -> None:
+        """Lets an table go, and its records."""
+        self._do(lambda: self._drop(table)).result()
+        self._delete_records({table.name})
 
     def keep_records_of(self, names: Collection[str]) -> None:
         """Deletes the records of all models but some."""
@@ -237,7 +237,7 @@ class Shard:
         return int(run("SELECT COALESCE(MAX(rowid), 0) FROM states").fetchone()[0])
 
     def warm(self, user_ids: Sequence[Id]) -> None:
-        """Builds the states of users who are in the log but not in an arena."""
+        """Builds the states of users who are in the log but not in an table."""
         self._do(lambda: self._warm(user_ids)).result()
 
     @property
@@ -269,61 +269,61 @@ class Shard:
         self._queue.put(work)
         return work.done
 
-    # what the writer does with arenas
+    # what the writer does with tables
 
-    def _restore(self, arena: Arena) -> None:
-        """Reads the records of an arena's model; a user whose record is damaged is read anew."""
-        self._erased_since[arena.name] = set()
-        stored = self.log.fact(_WATERMARK + arena.name)
+    def _restore(self, table: StateTable) -> None:
+        """Reads the records of an table's model; a user whose record is damaged is read anew."""
+        self._erased_since[table.name] = set()
+        stored = self.log.fact(_WATERMARK + table.name)
         if stored is None:
             # there may be some records, of a model whose first writing was cut short
             return
-        arena.offset, spoiled = int(stored), list[Id]()
-        arena.complete = self.log.fact(_INCOMPLETE + arena.name) is None
+        table.offset, spoiled = int(stored), list[Id]()
+        table.complete = self.log.fact(_INCOMPLETE + table.name) is None
         try:
             rows = self.log.connection.execute(
-                "SELECT user_id, record FROM states WHERE model=?", (arena.name,)
+                "SELECT user_id, record FROM states WHERE model=?", (table.name,)
             )
             while some := rows.fetchmany(RECORDS):
-                spoiled += arena.load(some)
+                spoiled += table.load(some)
         except sqlite3.DatabaseError as error:
             log.warning("states cannot be read, they are built from the log: %s", error)
-            arena.clear()
+            table.clear()
             return
         if spoiled:
             log.warning("%d state records were damaged: their users are read anew", len(spoiled))
-            rebuild(self.log, arena, spoiled)
+            rebuild(self.log, table, spoiled)
 
-    def _add(self, arena: Arena) -> None:
+    def _add(self, table: StateTable) -> None:
         # those who were erased meanwhile; they may have come back since
-        rebuild(self.log, arena, self._erased_since.pop(arena.name, ()))
+        rebuild(self.log, table, self._erased_since.pop(table.name, ()))
         with self.log.transaction():
-            if arena.complete:
-                self.log.drop_fact(_INCOMPLETE + arena.name)
+            if table.complete:
+                self.log.drop_fact(_INCOMPLETE + table.name)
             else:
-                self.log.put_fact(_INCOMPLETE + arena.name, b"1")
-        self._bring(arena)
-        if arena.complete and arena.num_events != self.log.total.events:
-            log.warning("the states of %s do not follow from the log: read anew", arena.name)
-            arena.clear()
-            backfill(self.log, arena)
-        self.arenas[arena.name] = arena
+                self.log.put_fact(_INCOMPLETE + table.name, b"1")
+        self._bring(table)
+        if table.complete and table.num_events != self.log.total.events:
+            log.warning("the states of %s do not follow from the log: read anew", table.name)
+            table.clear()
+            backfill(self.log, table)
+        self.tables[table.name] = table
 
-    def _drop(self, arena: Arena) -> None:
-        self.arenas.pop(arena.name, None)
-        self._pending = [one for one in self._pending if one.arena is not arena]
-        self._written.pop(arena.name, None)
+    def _drop(self, table: StateTable) -> None:
+        self.tables.pop(table.name, None)
+        self._pending = [one for one in self._pending if one.table is not table]
+        self._written.pop(table.name, None)
 
     def _warm(self, user_ids: Sequence[Id]) -> None:
-        for arena in self.arenas.values():
-            if not arena.complete:
-                rebuild(self.log, arena, [user_id for user_id in user_ids if user_id not in arena])
+        for table in self.tables.values():
+            if not table.complete:
+                rebuild(self.log, table, [user_id for user_id in user_ids if user_id not in table])
 
-    def _bring(self, arena: Arena) -> Applied:
-        """Applies what is in the log and not yet in an arena."""
+    def _bring(self, table: StateTable) -> Applied:
+        """Applies what is in the log and not yet in an table."""
         applied = Applied()
-        while arena.offset < self.log.total.last:
-            applied = applied.plus(read_on(self.log, arena))
+        while table.offset < self.log.total.last:
+            applied = applied.plus(read_on(self.log, table))
         return applied
 
     # the writer
@@ -359,8 +359,8 @@ class Shard:
             self._settle()
             with self.log.transaction():
                 self.log.put_fact("tried", b"")
-            for arena in self.arenas.values():
-                self._bring(arena)
+            for table in self.tables.values():
+                self._bring(table)
         except Exception as error:
             log.warning("%s cannot be used yet: %s", self.log.path, error)
             return
@@ -434,7 +434,7 @@ class Shard:
         self._written_at = time.monotonic()
         try:
             fresh = self._fresh(events, receipts)
-            applied = [self._advance(arena, before, fresh) for arena in self.arenas.values()]
+            applied = [self._advance(table, before, fresh) for table in self.tables.values()]
         except Exception as error:
             log.exception("events are in the log but not in the states")
             raise BehindError(
@@ -453,20 +453,20 @@ class Shard:
             [Stored(to.offset, self.log.key_of(one.event_id), *one[1:]) for one, to in new]
         )
 
-    def _advance(self, arena: Arena, before: int, fresh: Slice) -> Applied:
-        if arena.offset != before or not arena.complete:
+    def _advance(self, table: StateTable, before: int, fresh: Slice) -> Applied:
+        if table.offset != before or not table.complete:
             # from where it stands: a group that could not be applied is not passed over
-            return self._bring(arena)
-        applied = arena.apply(fresh)
-        arena.offset = self.log.total.last
+            return self._bring(table)
+        applied = table.apply(fresh)
+        table.offset = self.log.total.last
         return applied
 
     def _erase(self, user_id: Id) -> int:
         # nothing of the user stays in the write-ahead log
         with self._flushing:
             count = self.log.erase(user_id)
-        for arena in self.arenas.values():
-            arena.forget(user_id)
+        for table in self.tables.values():
+            table.forget(user_id)
         for users in self._erased_since.values():
             users.add(user_id)
         if self._on_erase is not None:
@@ -490,21 +490,21 @@ class Shard:
             self._pending = []
 
     def _begin_checkpoint(self) -> None:
-        for arena in self.arenas.values():
-            rows = arena.dirty()
-            if rows.size or self._written.get(arena.name) != arena.offset:
-                self._pending.append(Unwritten(arena, arena.offset, rows))
+        for table in self.tables.values():
+            rows = table.dirty()
+            if rows.size or self._written.get(table.name) != table.offset:
+                self._pending.append(Unwritten(table, table.offset, rows))
 
     def _checkpoint_slice(self) -> None:
-        """Some states of one arena; with its last ones the offset up to which all are written."""
+        """Some states of one table; with its last ones the offset up to which all are written."""
         if not self._pending:
             return
-        (arena, offset, rows), others = self._pending[0], self._pending[1:]
+        (table, offset, rows), others = self._pending[0], self._pending[1:]
         idle = time.monotonic() - self._written_at > IDLE_S
         size = 128 * SLICE if idle or self._closing.is_set() else SLICE
         now, left = rows[:size], rows[size:]
-        self._write_states(arena, now, offset if left.size == 0 else None)
-        self._pending = [Unwritten(arena, offset, left), *others] if left.size else others
+        self._write_states(table, now, offset if left.size == 0 else None)
+        self._pending = [Unwritten(table, offset, left), *others] if left.size else others
 
     def _flush(self) -> None:
         """Moves the write-ahead log into the file beside the writer, a little at a time.
@@ -526,8 +526,8 @@ class Shard:
             _, pages, _ = beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         return int(pages)
 
-    def _write_states(self, arena: Arena, rows: np.ndarray, watermark: int | None) -> None:
-        records, run = arena.records(rows), self.log.connection.execute
+    def _write_states(self, table: StateTable, rows: np.ndarray, watermark: int | None) -> None:
+        records, run = table.records(rows), self.log.connection.execute
         try:
             # a cache need not wait for the disk: it gets there with events that follow, in order
             run("PRAGMA synchronous=NORMAL")
@@ -535,18 +535,18 @@ class Shard:
                 self.log.connection.executemany(
                     "INSERT INTO states VALUES (?,?,?) ON CONFLICT DO UPDATE "
                     "SET record=excluded.record",
-                    [(arena.name, user_id, record) for user_id, record in records],
+                    [(table.name, user_id, record) for user_id, record in records],
                 )
                 if watermark is not None:
                     # every state that had changed up to there has been written since
-                    self.log.put_fact(_WATERMARK + arena.name, str(watermark).encode())
+                    self.log.put_fact(_WATERMARK + table.name, str(watermark).encode())
         except BaseException:
-            arena.not_written(user_id for user_id, _ in records)
+            table.not_written(user_id for user_id, _ in records)
             raise
         finally:
             run("PRAGMA synchronous=FULL")
         if watermark is not None:
-            self._written[arena.name] = watermark
+            self._written[table.name] = watermark
 
     def _finish(self) -> None:
         try:

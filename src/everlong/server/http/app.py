@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from everlong import __version__
-from everlong.server.engine.deployment import Deployment, Listed, Wanted
+from everlong.server.engine.served_model import Listed, ServedModel, Wanted
 from everlong.server.engine.service import Placed, Service
 from everlong.server.http.answers import Answers
 from everlong.server.http.console import add_console
@@ -353,9 +353,9 @@ def _add_reads(app: FastAPI, state: _State) -> None:
         return UserOut(
             user_id=name,
             shard=info.shard,
-            events=info.standing.events,
-            last_offset=info.standing.offset,
-            newest=info.standing.newest,
+            events=info.watermark.events,
+            last_offset=info.watermark.offset,
+            newest=info.watermark.newest,
             state_bytes=info.state_bytes,
             history=[
                 EventOut(
@@ -418,15 +418,15 @@ def _add_models(app: FastAPI, state: _State) -> None:
     async def switch(given: ModelIn) -> ModelOut:
         """Builds the states of another model while serving, and makes it live."""
         try:
-            deployment = await run_in_threadpool(Deployment.read, given.folder)
+            served_model = await run_in_threadpool(ServedModel.read, given.folder)
         # a folder may hold anything
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-            log.warning("%s cannot be served: %s", given.folder, error)
-            raise HTTPException(422, f"this model cannot be served: {error}") from None
+            log.warning("%s cannot be live_model: %s", given.folder, error)
+            raise HTTPException(422, f"this model cannot be live_model: {error}") from None
         try:
-            await run_in_threadpool(service.switch, deployment, since=given.since)
+            await run_in_threadpool(service.switch, served_model, since=given.since)
         except ValueError as error:
-            raise HTTPException(422, f"this model cannot be served: {error}") from None
+            raise HTTPException(422, f"this model cannot be live_model: {error}") from None
         except OSError as error:
             raise _not_written(error) from None
         return told()

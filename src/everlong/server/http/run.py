@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from everlong.server.engine.deployment import Deployment
+from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.engine.shard import Shard
 from everlong.server.http.keys import Keys
@@ -87,9 +87,9 @@ def run_service(
     torch.set_num_threads(1)
     # and who waits for the interpreter gets it soon: a request needs it several times
     sys.setswitchinterval(TURN_S)
-    deployment = Deployment.read(model)
+    served_model = ServedModel.read(model)
     with socket.create_server((host, port), family=family_of(host)) as listener:
-        service = Service(data_dir, deployment, shards=shards)
+        service = Service(data_dir, served_model, shards=shards)
         try:
             app = make_app(service, known)
             config = uvicorn.Config(

@@ -13,24 +13,24 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from everlong.server.store.arena import Applied, Arena
-from everlong.server.store.columns import Columns
+from everlong.server.store.decoded_events import DecodedEvents
 from everlong.server.store.log import Id, LogReader, Slice
+from everlong.server.store.state_table import Applied, StateTable
 
 SLICE, STEP = 1_024, 8_192
 """Events that are taken from the log at once: of a whole log so few that they stay in the caches of
-a core, of what an arena lacks more, because each time costs a look at its users."""
+a core, of what an table lacks more, because each time costs a look at its users."""
 
 EVENTS_IN_MEMORY = 1 << 25
 """A log of more is read several times, each time for some of the users."""
 
 
-def backfill(log: LogReader, arena: Arena, *, since: int | None = None) -> Applied:
-    """Builds the states of all users of a log into an empty arena, up to the log's last event.
+def backfill(log: LogReader, table: StateTable, *, since: int | None = None) -> Applied:
+    """Builds the states of all users of a log into an empty table, up to the log's last event.
 
     Args:
         log: it may be written to meanwhile.
-        arena: empty; its ``offset`` is where the log stood when this began.
+        table: empty; its ``offset`` is where the log stood when this began.
         since: users without an event at or after this time are left out; they are built when they
             are asked for.
 
@@ -42,33 +42,33 @@ def backfill(log: LogReader, arena: Arena, *, since: int | None = None) -> Appli
     parts = max(1, -(-total.events // EVENTS_IN_MEMORY))
     for part in range(parts):
         with _without_collector():
-            user_ids, owner, columns = _histories(log, arena, total.last, part, parts)
+            user_ids, owner, columns = _histories(log, table, total.last, part, parts)
         if since is not None:
             user_ids, owner, columns = _active(user_ids, owner, columns, since)
-        applied = applied.plus(arena.rebuild(user_ids, owner, columns))
-    arena.complete, arena.offset = since is None, total.last
+        applied = applied.plus(table.rebuild(user_ids, owner, columns))
+    table.complete, table.offset = since is None, total.last
     return applied
 
 
-def read_on(log: LogReader, arena: Arena) -> Applied:
+def read_on(log: LogReader, table: StateTable) -> Applied:
     """Applies some more of a log's events, in the order of their arrival."""
-    events = Slice.of(log.after(arena.offset, STEP))
-    if not arena.complete:
+    events = Slice.of(log.after(table.offset, STEP))
+    if not table.complete:
         users = dict.fromkeys(events.user_ids)
-        rebuild(log, arena, [user_id for user_id in users if user_id not in arena])
-    applied = arena.apply(events)
+        rebuild(log, table, [user_id for user_id in users if user_id not in table])
+    applied = table.apply(events)
     # offsets after the last event are of events that were erased
-    arena.offset = events.offsets[-1] if events else max(arena.offset, log.total.last)
+    table.offset = events.offsets[-1] if events else max(table.offset, log.total.last)
     return applied
 
 
-def rebuild(log: LogReader, arena: Arena, user_ids: Iterable[Id]) -> None:
+def rebuild(log: LogReader, table: StateTable, user_ids: Iterable[Id]) -> None:
     """Reads the whole histories of users; those who have none are forgotten."""
     for user_id in user_ids:
-        arena.forget(user_id)
+        table.forget(user_id)
         if events := log.of_user(user_id):
             owner = np.zeros(len(events), dtype=np.int64)
-            arena.rebuild([user_id], owner, arena.columns(Slice.of(events)))
+            table.rebuild([user_id], owner, table.decoded(Slice.of(events)))
 
 
 @contextmanager
@@ -85,11 +85,11 @@ def _without_collector() -> Iterator[None]:
 
 
 def _histories(
-    log: LogReader, arena: Arena, last: int, part: int, parts: int
-) -> tuple[list[Id], np.ndarray, Columns]:
+    log: LogReader, table: StateTable, last: int, part: int, parts: int
+) -> tuple[list[Id], np.ndarray, DecodedEvents]:
     """Users of one part, whose each event is, and the events in the order of the log."""
     number_of = _Numbers()
-    owners, columns = [np.zeros(0, dtype=np.int64)], [arena.columns(Slice.of([]))]
+    owners, columns = [np.zeros(0, dtype=np.int64)], [table.decoded(Slice.of([]))]
     for events in log.slices(last, SLICE):
         found = (
             map(number_of.__getitem__, events.user_ids)
@@ -97,10 +97,10 @@ def _histories(
             else (number_of[one] if _part_of(one, parts) == part else -1 for one in events.user_ids)
         )
         owner = np.fromiter(found, dtype=np.int64, count=len(events.offsets))
-        mine = arena.columns(events)
+        mine = table.decoded(events)
         owners.append(owner[owner >= 0])
         columns.append(mine if parts == 1 else mine.at(owner >= 0))
-    return list(number_of), np.concatenate(owners), Columns.joined(columns)
+    return list(number_of), np.concatenate(owners), DecodedEvents.joined(columns)
 
 
 class _Numbers(dict[Id, int]):
@@ -116,8 +116,8 @@ def _part_of(user_id: Id, parts: int) -> int:
 
 
 def _active(
-    user_ids: list[Id], owner: np.ndarray, columns: Columns, since: int
-) -> tuple[list[Id], np.ndarray, Columns]:
+    user_ids: list[Id], owner: np.ndarray, columns: DecodedEvents, since: int
+) -> tuple[list[Id], np.ndarray, DecodedEvents]:
     """Only users with an event at or after a time."""
     newest = np.full(len(user_ids), np.iinfo(np.int64).min)
     np.maximum.at(newest, owner, columns.times)

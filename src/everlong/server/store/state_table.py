@@ -19,14 +19,14 @@ from everlong.data.ids import IdMap
 from everlong.models import state as states
 from everlong.models.state import State
 from everlong.models.user_model import UserModel
-from everlong.server.store.columns import Columns
+from everlong.server.store.decoded_events import DecodedEvents
 from everlong.server.store.log import DamagedError, Id, Slice
 from everlong.server.store.room import machine_memory, room, room_like
-from everlong.server.store.standing import STANDING, Standing, note
+from everlong.server.store.watermark import WATERMARK, Watermark, note
 
 MAGIC = b"elst"
 HEADER = struct.Struct("<4sI16sqqQQq")
-"""Magic, version and model; then the standing: last offset, events, chain, sum, newest time."""
+"""Magic, version and model; then the watermark: last offset, events, chain, sum, newest time."""
 
 RECORD_VERSION = 1
 
@@ -52,7 +52,7 @@ class Applied(NamedTuple):
         return Applied(*map(sum, zip(self, *others, strict=True)))
 
 
-class Arena:
+class StateTable:
     """States of one model.
 
     Args:
@@ -79,7 +79,7 @@ class Arena:
         self._states = type(self._initial)(
             *(room_like(value, self.capacity) for value in self._initial)
         )
-        self._standing = room(self.capacity, STANDING)
+        self._watermarks = room(self.capacity, WATERMARK)
         self._dirty = room(self.capacity, np.dtype(np.bool_))
         # a reader must not see a state half of which is of before
         self._lock = threading.Lock()
@@ -90,28 +90,28 @@ class Arena:
     def __contains__(self, user_id: Id) -> bool:
         # a user whose state is being built has a row, but is not there yet
         row = self._rows.get(user_id)
-        return row is not None and bool(self._standing[row]["events"])
+        return row is not None and bool(self._watermarks[row]["events"])
 
     @property
     def num_events(self) -> int:
         """Events that were applied, of all users."""
-        return int(self._standing["events"][: len(self._ids)].sum())
+        return int(self._watermarks["events"][: len(self._ids)].sum())
 
     @property
     def bytes_per_user(self) -> int:
-        """State and standing."""
-        return states.bytes_per_user(self._initial) + STANDING.itemsize + 1
+        """State and watermark."""
+        return states.bytes_per_user(self._initial) + WATERMARK.itemsize + 1
 
     def some_users(self, count: int) -> list[Id]:
         """Users, at most so many."""
         return [user_id for user_id in self._ids[:count] if user_id is not None]
 
-    def standing(self, user_id: Id) -> Standing | None:
+    def watermark(self, user_id: Id) -> Watermark | None:
         """How far the state of a user goes; None of one who is not known."""
-        # a row may be given to somebody else, and a standing be moved, in between
+        # a row may be given to somebody else, and a watermark be moved, in between
         with self._lock:
             row = self._rows.get(user_id)
-            return None if row is None else Standing(*self._standing[row].item())
+            return None if row is None else Watermark(*self._watermarks[row].item())
 
     def read(self, user_ids: Sequence[Id]) -> State:
         """The states of users; of those who are not known the initial one."""
@@ -126,9 +126,9 @@ class Arena:
 
     # events
 
-    def columns(self, events: Slice) -> Columns:
+    def decoded(self, events: Slice) -> DecodedEvents:
         """Events as the model reads them."""
-        return Columns.of(events, self.item_ids.row_of, self.model.field_codes)
+        return DecodedEvents.of(events, self.item_ids.row_of, self.model.field_codes)
 
     def apply(self, events: Slice) -> Applied:
         """Reads events, in the order of their offsets, into the states of their users.
@@ -136,8 +136,8 @@ class Arena:
         An event whose offset a state has passed already is left out.
         """
         rows = self._add(events.user_ids)
-        columns = self.columns(events)
-        fresh = np.flatnonzero(columns.offsets > self._standing["offset"][rows])
+        columns = self.decoded(events)
+        fresh = np.flatnonzero(columns.offsets > self._watermarks["offset"][rows])
         order = fresh[np.argsort(rows[fresh], kind="stable")]
         rows, columns, late = rows[order], columns.at(order), 0
         for start in range(0, order.size, EVENTS_AT_ONCE):
@@ -149,7 +149,7 @@ class Arena:
         unread = int((columns.items < 0).sum())
         return Applied(order.size, len(events.offsets) - order.size, unread, late)
 
-    def rebuild(self, user_ids: Sequence[Id], owner: np.ndarray, columns: Columns) -> Applied:
+    def rebuild(self, user_ids: Sequence[Id], owner: np.ndarray, columns: DecodedEvents) -> Applied:
         """Reads whole histories in the order of their times, as in training; users begin anew.
 
         So an event that came late takes its place in time.
@@ -173,13 +173,15 @@ class Arena:
             with self._lock:
                 late = self._note(rows, columns)
         except BaseException:
-            # a state without its standing would read its events again
+            # a state without its watermark would read its events again
             for user_id in user_ids:
                 self.forget(user_id)
             raise
         return Applied(order.size, 0, int((columns.items < 0).sum()), late)
 
-    def _advanced(self, rows: np.ndarray, columns: Columns) -> tuple[np.ndarray, State | None]:
+    def _advanced(
+        self, rows: np.ndarray, columns: DecodedEvents
+    ) -> tuple[np.ndarray, State | None]:
         """Who read something, and their states; events lie user by user."""
         known = columns.items >= 0
         mine = rows[known]
@@ -191,14 +193,14 @@ class Arena:
         touched, lengths = mine[cuts[:-1]], cuts[1:] - cuts[:-1]
         batch = columns.at(known).batch(lengths, self.model.event_fields)
         before = states.take(self._states, torch.from_numpy(touched))
-        read = self.model.step if touched.size == mine.size else self.model.advance
+        read = self.model.step if touched.size == mine.size else self.model.final_state
         with torch.no_grad():
             return touched, read(batch, before)
 
-    def _note(self, rows: np.ndarray, columns: Columns) -> int:
-        """Moves the standing of users past events; returns how many of these were late."""
+    def _note(self, rows: np.ndarray, columns: DecodedEvents) -> int:
+        """Moves the watermark of users past events; returns how many of these were late."""
         self._dirty[rows] = True
-        late: int = note(self._standing, rows, columns.offsets, columns.numbers, columns.times)
+        late: int = note(self._watermarks, rows, columns.offsets, columns.numbers, columns.times)
         return late
 
     def _add(self, user_ids: Sequence[Id]) -> np.ndarray:
@@ -249,7 +251,7 @@ class Arena:
             rows = rows[[self._ids[row] is not None for row in rows.tolist()]]
             ids = [self._ids[row] for row in rows.tolist()]
             stored = states.take(self._states, torch.from_numpy(rows))
-            stands = [self._standing[row].item() for row in rows.tolist()]
+            stands = [self._watermarks[row].item() for row in rows.tolist()]
             self._dirty[rows] = False
         if not ids:
             return []
@@ -304,7 +306,7 @@ class Arena:
         with self._lock:
             self._write(rows, type(self._initial)(*fields))
             for row, body in zip(rows.tolist(), bodies, strict=True):
-                self._standing[row] = HEADER.unpack_from(body)[3:]
+                self._watermarks[row] = HEADER.unpack_from(body)[3:]
 
     def clear(self) -> None:
         """Forgets everybody."""
@@ -322,7 +324,7 @@ class Arena:
             self._ids[row] = None
             self._free.append(row)
             self._write(np.array([row]), self._initial)
-            self._standing[row], self._dirty[row] = np.zeros((), dtype=STANDING), False
+            self._watermarks[row], self._dirty[row] = np.zeros((), dtype=WATERMARK), False
 
 
 def sealed(body: bytes, user_id: Id) -> bytes:

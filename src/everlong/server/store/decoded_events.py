@@ -11,10 +11,10 @@ import torch
 
 from everlong.models.batch import Batch
 from everlong.server.store.log import Slice
-from everlong.server.store.standing import numbers_of
+from everlong.server.store.watermark import numbers_of
 
 
-class Columns(NamedTuple):
+class DecodedEvents(NamedTuple):
     """``n`` events."""
 
     offsets: np.ndarray
@@ -30,7 +30,9 @@ class Columns(NamedTuple):
     """``[n, X]`` int64, the fields that the model reads."""
 
     @staticmethod
-    def of(events: Slice, row_of: Mapping[Any, int], field_codes: Mapping[str, int]) -> Columns:
+    def of(
+        events: Slice, row_of: Mapping[Any, int], field_codes: Mapping[str, int]
+    ) -> DecodedEvents:
         """The columns of events for a model with a catalogue and fields."""
         count = len(events.offsets)
         rows = map(row_of.get, events.item_ids, repeat(-1))
@@ -39,7 +41,7 @@ class Columns(NamedTuple):
         for column, (name, limit) in enumerate(field_codes.items()):
             codes[:, column] = [_code(own.get(name)) for own in events.fields]
             items[(codes[:, column] < 0) | (codes[:, column] >= limit)] = -1
-        return Columns(
+        return DecodedEvents(
             np.array(events.offsets, dtype=np.int64),
             numbers_of(events.keys),
             items,
@@ -48,13 +50,13 @@ class Columns(NamedTuple):
         )
 
     @staticmethod
-    def joined(parts: Sequence[Columns]) -> Columns:
+    def joined(parts: Sequence[DecodedEvents]) -> DecodedEvents:
         """All parts, one after the other."""
-        return Columns(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        return DecodedEvents(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
-    def at(self, places: np.ndarray | slice) -> Columns:
+    def at(self, places: np.ndarray | slice) -> DecodedEvents:
         """The events at some places."""
-        return Columns(*(values[places] for values in self))
+        return DecodedEvents(*(values[places] for values in self))
 
     def batch(self, lengths: np.ndarray, fields: Sequence[str]) -> Batch:
         """The batch of events that lie user by user, ``lengths [B]`` each."""

@@ -23,8 +23,8 @@ from everlong.models.state import State
 from everlong.models.two_stage import TwoStage, rerank
 from everlong.models.user_model import UserModel
 from everlong.recommender.recommender import Recommender, load
-from everlong.server.store.arena import Arena
 from everlong.server.store.log import Id, Slice
+from everlong.server.store.state_table import StateTable
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Wanted:
     among: Sequence[Id] | None = None
 
 
-class Deployment:
+class ServedModel:
     """A model, its catalogue, and its item vectors ready for use.
 
     Args:
@@ -79,7 +79,7 @@ class Deployment:
         self.catalogue: Catalogue | None = None
         if not isinstance(self.model, TwoStage) and self._has_head():
             with serving(self.model):
-                self.catalogue = Catalogue(self.model.item_head())
+                self.catalogue = Catalogue(self.model.item_embeddings())
         # a list is many times quicker than a gather from the ids of the map
         self._ids: list[Id] = self.item_ids.ids(range(len(self.item_ids))).to_list()
         self._hidden = torch.zeros(0, dtype=torch.int64)
@@ -88,7 +88,7 @@ class Deployment:
         self.item_type: type[Any] = str if self.item_ids.dtype == pl.String else int
 
     @classmethod
-    def read(cls, folder: str | Path, *, index_from: int | None = INDEX_FROM) -> Deployment:
+    def read(cls, folder: str | Path, *, index_from: int | None = INDEX_FROM) -> ServedModel:
         """The model of a folder that ``Recommender.save`` wrote.
 
         Raises:
@@ -97,11 +97,11 @@ class Deployment:
         return cls(load(folder), Path(folder).absolute(), index_from=index_from)
 
     def _has_head(self) -> bool:
-        return type(self.model).item_head is not UserModel.item_head
+        return type(self.model).item_embeddings is not UserModel.item_embeddings
 
-    def arena(self) -> Arena:
+    def table(self) -> StateTable:
         """Empty states of the model."""
-        return Arena(self.model, self.item_ids, self.digest)
+        return StateTable(self.model, self.item_ids, self.digest)
 
     def prepare(self, state: State | None = None) -> None:
         """Builds the index of a large catalogue, if it finds what the exact search finds.
@@ -113,11 +113,13 @@ class Deployment:
         if catalogue is None or self.index_from is None or len(catalogue) < self.index_from:
             return
         with torch.no_grad():
-            nobody = self.model.user(self.model.initial_state(1))
+            nobody = self.model.user_embedding(self.model.initial_state(1))
             queries = made_up(catalogue.weight, float(nobody.norm()), QUERIES)
             if state is not None and states.num_users(state):
                 # those who are there in place of as many that are made up
-                queries = torch.cat([self.model.user(state).to(queries.dtype), queries])[:QUERIES]
+                queries = torch.cat([self.model.user_embedding(state).to(queries.dtype), queries])[
+                    :QUERIES
+                ]
             try:
                 catalogue.build_index(queries)
             except ImportError as error:
@@ -125,10 +127,10 @@ class Deployment:
 
     def warm_up(self) -> None:
         """Reads an event and makes a list for nobody: what is compiled at the first use is then."""
-        arena, somebody = self.arena(), self.user_type(0)
+        table, somebody = self.table(), self.user_type(0)
         fields = dict.fromkeys(self.model.event_fields, 0)
-        arena.apply(Slice((1,), (bytes(16),), (somebody,), (self._ids[0],), (0,), (fields,)))
-        self.recommend(arena.read([somebody]), [Wanted(k=1)])
+        table.apply(Slice((1,), (bytes(16),), (somebody,), (self._ids[0],), (0,), (fields,)))
+        self.recommend(table.read([somebody]), [Wanted(k=1)])
 
     def hide(self, items: Iterable[Id]) -> None:
         """Keeps items out of every list that is not asked for by name; they replace those before.
@@ -171,7 +173,7 @@ class Deployment:
         when = torch.tensor([one.at for one in wanted]) if wanted[0].at is not None else None
         with torch.no_grad():
             if self.catalogue is not None:
-                user = self.model.user(state, when)
+                user = self.model.user_embedding(state, when)
                 return self._searched(self.catalogue, user, wanted, without)
             most = max(one.k for one in wanted)
             scores = mask_items(self.model.score(state, at=when), *pairs_of(without))

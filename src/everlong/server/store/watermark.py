@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-STANDING = np.dtype(
+WATERMARK = np.dtype(
     [("offset", "<i8"), ("events", "<i8"), ("chain", "<u8"), ("sum", "<u8"), ("newest", "<i8")]
 )
 
@@ -21,7 +21,7 @@ FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """Odd, so that no event is lost from a chain however many follow."""
 
 
-class Standing(NamedTuple):
+class Watermark(NamedTuple):
     """How far the state of a user goes."""
 
     offset: int
@@ -43,16 +43,16 @@ def numbers_of(keys: Iterable[bytes]) -> np.ndarray:
 
 @njit(cache=True, nogil=True)  # pragma: no cover - compiled
 def note(
-    standing: np.ndarray,
+    watermarks: np.ndarray,
     rows: np.ndarray,
     offsets: np.ndarray,
     numbers: np.ndarray,
     times: np.ndarray,
 ) -> int:
-    """Moves ``standing`` past events, each user's in the order of their offsets, in place.
+    """Moves ``watermarks`` past events, each user's in the order of their offsets, in place.
 
     Args:
-        standing: of all users, ``[U]`` of ``STANDING``.
+        watermarks: of all users, ``[U]`` of ``WATERMARK``.
         rows: ``[n]`` the user of each event.
         offsets: ``[n]``.
         numbers: ``[n]`` as ``numbers_of`` returns them.
@@ -63,7 +63,7 @@ def note(
     """
     late = 0
     for n in range(rows.size):
-        own = standing[rows[n]]
+        own = watermarks[rows[n]]
         if own["events"] > 0 and times[n] < own["newest"]:
             late += 1
         else:
