@@ -1,5 +1,7 @@
 """Metrics against tables small enough for hand, an independent library, and known distributions."""
 
+import math
+
 import ir_measures
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from everlong.evaluation.metrics import (
     estimate,
     history_bucket,
     parse_metric,
+    summable,
     user_means,
 )
 
@@ -135,6 +138,30 @@ def test_interval_is_seeded_and_blocks_do_not_change_it(monkeypatch: pytest.Monk
     blocked = bootstrap(means, seed=3)
     np.testing.assert_array_equal(whole, blocked)
     assert not np.array_equal(whole, bootstrap(means, seed=4))
+
+
+def test_interval_does_not_depend_on_the_last_bits_of_the_means() -> None:
+    # one mean of three targets, summed in two orders, as two processors or two logs may have it
+    gains = np.random.default_rng(2).random((60, 3))
+    means = np.stack([(gains[:, 0] + gains[:, 1]) + gains[:, 2], gains[:, 0] + gains[:, 1:].sum(1)])
+    assert not np.array_equal(*means)
+    repeated = np.concatenate([means[0], means[1]])[:, None]
+    np.testing.assert_array_equal(
+        bootstrap(repeated), bootstrap(np.concatenate([means[1], means[1]])[:, None])
+    )
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 1000]), st.sampled_from([1e-3, 1.0, 50]))
+@settings(deadline=None, max_examples=25)
+def test_summable_values_sum_alike_in_any_order(seed: int, users: int, peak: float) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.random((users, 1)) * peak - peak / 3
+    rounded = summable(values)
+    np.testing.assert_allclose(rounded, values, rtol=0, atol=peak / 2**40)
+    drawn = rng.integers(users, size=users)
+    exact = math.fsum(rounded[drawn, 0])
+    assert sum(rounded[drawn, 0].tolist()) == exact
+    assert float(np.bincount(drawn, minlength=users).astype(float) @ rounded[:, 0]) == exact
 
 
 def test_one_user_has_no_spread() -> None:
