@@ -18,15 +18,15 @@ import polars as pl
 import pytest
 
 import everlong
-from everlong.encoders import Encoded
-from everlong.events import Events
-from everlong.ids import IdMap
-from everlong.progress import Progress
-from everlong.recommender import Recommender
-from everlong.service.deployment import Deployment, Wanted
-from everlong.service.log import Event
-from everlong.service.service import Service
-from everlong.vector_cache import encode_cached
+from everlong.data.events import Events
+from everlong.data.ids import IdMap
+from everlong.recommender.recommender import Recommender
+from everlong.server.engine.served_model import ServedModel, Wanted
+from everlong.server.engine.service import Service
+from everlong.server.store.log import Event
+from everlong.system.progress import Progress
+from everlong.text.encoder import Encoded
+from everlong.text.vector_cache import encode_cached
 
 STORED = Path(__file__).parent / "formats" / "v1"
 MODELS = sorted(path.parent.name for path in (STORED / "models").glob("*/config.json"))
@@ -178,9 +178,9 @@ def ask_service(service: Service) -> dict[str, Any]:
         info = service.info(user)
         told: dict[str, Any] = {"user": user, "known": info is not None}
         if info is not None:
-            standing = info.standing
+            watermark = info.watermark
             told["shard"] = info.shard
-            told["standing"] = [standing.offset, standing.events, standing.newest]
+            told["standing"] = [watermark.offset, watermark.events, watermark.newest]
         told["history"] = [
             [event.offset, event.item_id, event.time, dict(event.fields)]
             for event in service.history(user, 1_000)
@@ -219,7 +219,7 @@ def open_service(folder: Path) -> Service:
     for name in ("live", "previous"):
         about[name]["folder"] = str(models / Path(about[name]["folder"]).name)
     path.write_text(json.dumps(about))
-    return Service(folder / "data", Deployment.read(models / "lru"))
+    return Service(folder / "data", ServedModel.read(models / "lru"))
 
 
 def resume(folder: Path, settings: dict[str, Any], events: Events) -> dict[str, Any]:

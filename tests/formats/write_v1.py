@@ -1,12 +1,13 @@
 """Writes ``tests/formats/v1``: every format that is stored, as version 0.1.0 wrote it.
 
-It ran once, with the code of commit 10bef9e and the ``tests/test_formats.py`` beside which it was
-committed first, and is kept to say how the files came to be. No test runs it, and later code need
-not be able to: formats of later versions get a folder and a script of their own.
+It ran once, with the code of commit 10bef9e and ``tests/test_formats.py`` as the commit that added
+both has it, and is kept to say how the files came to be. No test runs it, and later code need not
+be able to: formats of later versions get a folder and a script of their own.
 
     PYTHONPATH=src:tests python tests/formats/write_v1.py tests/formats/v1
 """
 
+# ruff: noqa: I001 - the modules are those of then, which are no part of the project any more
 from __future__ import annotations
 
 import hashlib
