@@ -103,5 +103,7 @@ def test_what_a_model_cannot_do_is_said() -> None:
     class NoHead(Sum):
         item_embeddings = UserModel.item_embeddings
 
-    with pytest.raises(TypeError, match=r"NoHead does not score by dot products; use score_vectors\(\)"):
+    with pytest.raises(
+        TypeError, match=r"NoHead does not score by dot products; use score_vectors\(\)"
+    ):
         NoHead(3).score(NoHead(3).initial_state(1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import everlong
-from everlong.recommender.folder import CONFIG, FILES, check_target
+from everlong.recommender.folder import CONFIG, FILES, FORMAT, check_target
 
 ARCHITECTURE = {"dim": 4, "channels": 4, "layers": 1}
 
@@ -95,8 +95,11 @@ def change(folder: Path, path: tuple[str, ...], value: object, *, signed: bool) 
     ("text", "message"),
     [
         ("", "is not a model folder: config.json"),
-        ('{"format": 1}', "is not a model folder: config.json: FolderConfig: model"),
-        ('{"fromat": 1}', "did you mean 'format'"),
+        ("[]", "is not a model folder: config.json: expected a description with its format"),
+        ('{"fromat": 1}', "config.json: expected a description with its format"),
+        ('{"format": 1}', "config.json was changed: its digest does not fit"),
+        ('{"format": "1"}', "expected the version of a model folder, from 1 to"),
+        ('{"format": 0}', "expected the version of a model folder, from 1 to"),
     ],
 )
 def test_a_damaged_config_is_refused(folder: Path, text: str, message: str) -> None:
@@ -108,7 +111,7 @@ def test_a_damaged_config_is_refused(folder: Path, text: str, message: str) -> N
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), 2, "has format 2, this version reads 1"),
+        (("format",), 99, f"of version 99; .* up to {FORMAT}: install everlong 0.1.0 or later"),
         (("time_unit",), "parsec", "config.json was changed: its digest does not fit"),
         (("architecture", "dropout"), 0.0, "config.json was changed: its digest does not fit"),
         (("files", "README.md", "bytes"), 1, "config.json was changed: its digest does not fit"),

@@ -19,10 +19,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from everlong.recommender.migrations import MIGRATIONS, Contents
 from everlong.system.atomic import new_folder
+from everlong.system.formats import check_version, migrate
 from everlong.system.settings import Settings, load_settings
 
-FORMAT = 1
+FORMAT = len(MIGRATIONS) + 1
 CONFIG = "config.json"
 FILES = (
     "model.safetensors",
@@ -42,9 +44,12 @@ class FileFacts(Settings):
 
 
 class FolderConfig(Settings):
-    """``config.json``: what it takes to build the model again, and where it comes from."""
+    """``config.json``: what it takes to build the model again, and where it comes from.
 
-    format: int
+    Beside these are ``format``, the version of the folder; ``files``, the facts of each other file;
+    and ``digest``, the sha256 of all that.
+    """
+
     model: str
     architecture: dict[str, Any]
     train: dict[str, Any]
@@ -52,13 +57,10 @@ class FolderConfig(Settings):
     time_unit: str
     data: dict[str, Any]
     versions: dict[str, str]
-    files: dict[str, FileFacts]
-    digest: str
-    """Sha256 of everything above."""
 
 
 class ModelFolder(Settings):
-    """The contents of a model folder, read and checked."""
+    """The contents of a model folder, read, checked, and as the latest version has them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
@@ -113,41 +115,62 @@ def check_target(path: Path) -> None:
 
 
 def read_folder(path: Path) -> ModelFolder:
-    """The contents of a model folder.
+    """The contents of a model folder of this version or an earlier one; nothing is written.
 
     Raises:
         FileNotFoundError: if there is no such folder.
-        ValueError: if a file is missing, cut, changed or of another format.
+        NewerFormatError: if a later version of everlong wrote it.
+        ValueError: if a file is missing, cut or changed.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"no model folder at {path}; write one with save()")
+    raw, version = read_config(path)
+    files = _facts_of_files(path, raw)
+    data = {name: _checked(path / name, files) for name in FILES}
+    try:
+        contents = Contents(
+            config={k: v for k, v in raw.items() if k not in ("format", "files", "digest")},
+            weights=load_tensors(data["model.safetensors"]),
+            item_ids=pl.read_parquet(data["items.parquet"])["item_id"],
+            user_ids=pl.read_parquet(data["users.parquet"])["user_id"],
+            users=load_tensors(data["users.safetensors"]),
+            metrics=json.loads(data["metrics.json"]),
+        )
+        contents = migrate(contents, version, MIGRATIONS)
+        config = load_settings(FolderConfig, contents.config)
+        return ModelFolder(**{**contents._asdict(), "config": config})
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}; restore it or train again") from error
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], int]:
+    """``config.json`` of a model folder as it was written, and the version of the folder.
+
+    Raises:
+        NewerFormatError: if a later version of everlong wrote it.
+        ValueError: if it is missing or was changed.
+    """
     try:
         raw = json.loads((path / CONFIG).read_text())
-        config = load_settings(FolderConfig, raw)
+        if not isinstance(raw, dict) or "format" not in raw:
+            raise ValueError("expected a description with its format")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a model folder: {CONFIG}: {error}") from error
-    if config.format != FORMAT:
-        raise ValueError(
-            f"{path} has format {config.format}, this version reads {FORMAT}; "
-            "use the version of everlong that wrote it"
-        )
-    if config.digest != _digest({key: raw[key] for key in raw if key != "digest"}):
+    written_by = raw["versions"].get("everlong") if isinstance(raw.get("versions"), dict) else None
+    version = check_version(path, "a model folder", raw["format"], FORMAT, written_by=written_by)
+    if raw.get("digest") != _digest({key: raw[key] for key in raw if key != "digest"}):
         raise ValueError(
             f"{path / CONFIG} was changed: its digest does not fit; "
             "restore the folder from a copy or train again"
         )
-    contents = {name: _checked(path / name, config.files) for name in FILES}
+    return raw, version
+
+
+def _facts_of_files(path: Path, raw: Mapping[str, Any]) -> dict[str, FileFacts]:
     try:
-        return ModelFolder(
-            config=config,
-            weights=load_tensors(contents["model.safetensors"]),
-            item_ids=pl.read_parquet(contents["items.parquet"])["item_id"],
-            user_ids=pl.read_parquet(contents["users.parquet"])["user_id"],
-            users=load_tensors(contents["users.safetensors"]),
-            metrics=json.loads(contents["metrics.json"]),
-        )
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read: {error}; restore it or train again") from error
+        return {name: load_settings(FileFacts, facts) for name, facts in raw["files"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a model folder: {CONFIG}: {error}") from error
 
 
 def file_facts(data: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from everlong.models.state import State, check_same, field_names
 from everlong.system.atomic import write_bytes
+from everlong.system.formats import NewerFormatError, check_version, migrate
+from everlong.training.migrations import CHECKPOINTS, CheckpointFile
 
+FORMAT = len(CHECKPOINTS) + 1
 FILE = "checkpoint.safetensors"
 LOG = "train.jsonl"
 
@@ -68,6 +72,8 @@ class Checkpoint:
             names = field_names(self.carried)
             tensors |= {f"carried/{n}": v for n, v in zip(names, self.carried, strict=True)}
         facts = {
+            "format": FORMAT,
+            "everlong": version("everlong"),
             "run": dict(self.run),
             "position": asdict(self.position),
             "history": self.history,
@@ -94,13 +100,12 @@ class Checkpoint:
             state_like: a state of one user, for the carried state.
 
         Raises:
+            NewerFormatError: if a later version of everlong wrote it.
             ValueError: if the file is damaged, or belongs to another run.
         """
         path = folder / FILE
         try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts, tensors = _read_file(path)
             saved = Checkpoint(
                 run=facts["run"],
                 position=Position(**facts["position"]),
@@ -112,6 +117,8 @@ class Checkpoint:
                 carried=None,
                 precision=facts["precision"],
             )
+        except NewerFormatError:
+            raise
         except Exception as error:
             raise ValueError(
                 f"{path} is not a readable checkpoint ({type(error).__name__}: {error}); "
@@ -119,6 +126,18 @@ class Checkpoint:
             ) from error
         _check_run(path, run, saved.run)
         return replace(saved, carried=_carried(tensors, state_like))
+
+
+def _read_file(path: Path) -> CheckpointFile:
+    """The contents of a checkpoint as the latest version has them."""
+    with safe_open(str(path), framework="pt") as file:
+        facts = json.loads(file.metadata()["facts"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # the first version had none
+    found = check_version(
+        path, "a checkpoint", facts.get("format", 1), FORMAT, written_by=facts.get("everlong")
+    )
+    return migrate(CheckpointFile(facts, tensors), found, CHECKPOINTS)
 
 
 def _check_run(path: Path, expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:
