@@ -33,7 +33,7 @@ class FadingState(NamedTuple):
     user: Tensor  # [B, 2D]: the scan is complex, real parts and then imaginary parts
 
 
-class Fading(UserModel):
+class Fading(UserModel[FadingState]):
     recurrence_parameters = frozenset({"decay_logit"})
 
     def __init__(self, config: FadingConfig) -> None:

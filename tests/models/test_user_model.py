@@ -15,7 +15,7 @@ class SumState(NamedTuple):
     user: Tensor  # [B, D]
 
 
-class Sum(UserModel):
+class Sum(UserModel[SumState]):
     """The smallest model of the contract: a user is the sum of the items' vectors."""
 
     state_kind = "additive"
@@ -28,7 +28,7 @@ class Sum(UserModel):
     def initial_state(self, num_users: int) -> SumState:
         return SumState(self.items.weight.new_zeros(num_users, self.items.embedding_dim))
 
-    def encode(self, events: Batch, state: SumState | None = None) -> tuple[Tensor, SumState]:  # type: ignore[override]
+    def encode(self, events: Batch, state: SumState | None = None) -> tuple[Tensor, SumState]:
         state = state or self.initial_state(events.num_users)
         outputs, finals = [], []
         for before, low, high in zip(

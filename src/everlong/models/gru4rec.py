@@ -49,7 +49,7 @@ class GRU4RecState(NamedTuple):
     hidden: Tensor  # [B, L, H]
 
 
-class GRU4Rec(UserModel):
+class GRU4Rec(UserModel[GRU4RecState]):
     """A recurrent network on packed histories, each event after the one before it."""
 
     def __init__(self, config: GRU4RecConfig) -> None:
@@ -74,7 +74,7 @@ class GRU4Rec(UserModel):
         shape = (num_users, config.layers, config.hidden)
         return GRU4RecState(self.leave.weight.new_zeros(shape))
 
-    def encode(  # type: ignore[override]
+    def encode(
         self, events: Batch, state: GRU4RecState | None = None
     ) -> tuple[Tensor, GRU4RecState]:
         """Outputs ``[N, D]`` after each event, and the final hidden vectors."""
@@ -94,7 +94,7 @@ class GRU4Rec(UserModel):
         hidden = state.hidden.index_copy(0, users, last.transpose(0, 1))
         return self._leave(outputs), GRU4RecState(hidden)
 
-    def user_embedding(self, state: GRU4RecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: GRU4RecState, at: Tensor | None = None) -> Tensor:
         """The user vector ``[B, D]``, from the last layer."""
         return self._leave(state.hidden[:, -1])
 

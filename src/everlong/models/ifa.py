@@ -115,7 +115,7 @@ class Memory(NamedTuple):
     context: Tensor  # [B, D] when they ask
 
 
-class IFA(Ranker):
+class IFA(Ranker[IFAState]):
     """IFA on packed requests: one pass over a history for all requests of its user."""
 
     state_kind = "additive"
@@ -168,11 +168,11 @@ class IFA(Ranker):
             none.clone(),
         )
 
-    def final_state(self, events: Batch, state: IFAState | None = None) -> IFAState:  # type: ignore[override]
+    def final_state(self, events: Batch, state: IFAState | None = None) -> IFAState:
         """The states after all events, in any order: two products a layer, head and user."""
         return self._added(events, state, add_events)
 
-    def step(self, events: Batch, state: IFAState) -> IFAState:  # type: ignore[override]
+    def step(self, events: Batch, state: IFAState) -> IFAState:
         """Adds one event of each user, which may be older than others that were added before."""
         return self._added(events, state, add_one_each)
 
@@ -275,7 +275,7 @@ class IFA(Ranker):
 
     # reading
 
-    def user_embedding(self, state: IFAState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: IFAState, at: Tensor | None = None) -> Tensor:
         """All that candidates read of users at a time, flat: ``[B, U]``."""
         at = state.at if at is None else at
         # a request in the past of the newest event is one at that event

@@ -71,7 +71,7 @@ class LRUState(NamedTuple):
     user: Tensor  # [B, D], the output after the last event
 
 
-class LRU(UserModel):
+class LRU(UserModel[LRUState]):
     """LRURec on packed histories: parallel over events in training, one small step in serving."""
 
     recurrence_parameters = frozenset({"nu_log", "theta_log", "gamma_log"})
@@ -111,7 +111,7 @@ class LRU(UserModel):
         outputs, _ = self._run(self.start.expand(rows, -1), hidden[:rows], offsets)
         return LRUState(hidden, outputs.expand(num_users, -1).contiguous())
 
-    def encode(self, events: Batch, state: LRUState | None = None) -> tuple[Tensor, LRUState]:  # type: ignore[override]
+    def encode(self, events: Batch, state: LRUState | None = None) -> tuple[Tensor, LRUState]:
         """Outputs ``[N, D]`` after each event, and the final states."""
         if state is None:
             state = self.initial_state(events.num_users)
@@ -122,7 +122,7 @@ class LRU(UserModel):
         last = outputs[(events.offsets[1:] - 1).clamp(min=0)]
         return outputs, LRUState(hidden, torch.where(busy, last, state.user))
 
-    def final_state(self, events: Batch, state: LRUState | None = None) -> LRUState:  # type: ignore[override]
+    def final_state(self, events: Batch, state: LRUState | None = None) -> LRUState:
         """The final states alone: past its recurrence the last block works on last events only."""
         if state is None:
             state = self.initial_state(events.num_users)
@@ -139,7 +139,7 @@ class LRU(UserModel):
         user = state.user.index_copy(0, busy, newest)
         return LRUState(torch.stack(finals, dim=1), user)
 
-    def step(self, events: Batch, state: LRUState) -> LRUState:  # type: ignore[override]
+    def step(self, events: Batch, state: LRUState) -> LRUState:
         """Reads one event of each user: ``2 L (4 D H + 4 D^2)`` multiply-adds, no scan."""
         values, finals = self._enter(self.items(events.items)), []
         if self._is_small(values, state):

@@ -45,7 +45,7 @@ class MarkovState(NamedTuple):
     user: Tensor  # [B, 1] int64, the row of the last item, -1 before the first
 
 
-class Markov(CountingModel):
+class Markov(CountingModel[MarkovState]):
     """Scores an item by its share among the events that followed the user's last item."""
 
     pairs: Tensor  # [P] int64, last * I + next, rising
@@ -61,7 +61,7 @@ class Markov(CountingModel):
         self.register_buffer("followers", torch.zeros(config.num_items))
         self.register_buffer("popularity", torch.zeros(config.num_items))
 
-    def observe(self, events: Batch, state: MarkovState | None = None) -> None:  # type: ignore[override]
+    def observe(self, events: Batch, state: MarkovState | None = None) -> None:
         """Adds the pairs of neighbouring events of each user, and the events, to the counts."""
         items, before = events.items, self(events, state).squeeze(1)
         known = before != NO_ITEM
@@ -82,9 +82,7 @@ class Markov(CountingModel):
         shape, device = (num_users, 1), self.pairs.device
         return MarkovState(torch.full(shape, NO_ITEM, dtype=torch.int64, device=device))
 
-    def encode(  # type: ignore[override]
-        self, events: Batch, state: MarkovState | None = None
-    ) -> tuple[Tensor, MarkovState]:
+    def encode(self, events: Batch, state: MarkovState | None = None) -> tuple[Tensor, MarkovState]:
         """The item of each event ``[N, 1]``, and each user's last one."""
         if state is None:
             state = self.initial_state(events.num_users)

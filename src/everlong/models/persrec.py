@@ -275,7 +275,7 @@ class Cuts(NamedTuple):
     folded: Tensor  # [S] events that its tokens read, 0 for none
 
 
-class Stream(UserModel):
+class Stream(UserModel[PerSRecState]):
     """PerSRec on packed histories, with a cut after every R-th event, over any backbone.
 
     In training and in ``encode`` all segments are read at once. An event that is kept beyond a cut
@@ -303,7 +303,7 @@ class Stream(UserModel):
             whole.clone(),
         )
 
-    def encode(  # type: ignore[override]
+    def encode(
         self, events: Batch, state: PerSRecState | None = None
     ) -> tuple[Tensor, PerSRecState]:
         """Outputs ``[N, D]`` after each event, as of its own time, and the final states."""
@@ -314,7 +314,7 @@ class Stream(UserModel):
         outputs, made = self._read(state, events, folds, cuts, events.times)
         return outputs, self._after(state, events, folds, made)
 
-    def forward(self, events: Batch, state: PerSRecState | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, events: Batch, state: PerSRecState | None = None) -> Tensor:
         """The user vector ``[N, D]`` before each event, at the time of that event."""
         if state is None:
             state = self.initial_state(events.num_users)
@@ -324,7 +324,7 @@ class Stream(UserModel):
         outputs, _ = self._read(state, events, folds, cuts, next_times(events))
         return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
 
-    def step(self, events: Batch, state: PerSRecState) -> PerSRecState:  # type: ignore[override]
+    def step(self, events: Batch, state: PerSRecState) -> PerSRecState:
         """Appends one event of each user; where there is no place for it, folds a segment first."""
         full = (state.filled == self.config.capacity).nonzero().flatten()
         if full.numel():
@@ -336,7 +336,7 @@ class Stream(UserModel):
             filled=state.filled + 1,
         )
 
-    def user_embedding(self, state: PerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: PerSRecState, at: Tensor | None = None) -> Tensor:
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
         some = state.filled.nonzero().flatten()
         vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)

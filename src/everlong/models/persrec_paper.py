@@ -119,7 +119,7 @@ class Cuts(NamedTuple):
     recent: Tensor  # [B] first recent event; between the two is the gap
 
 
-class Paper(UserModel):
+class Paper(UserModel[PaperPerSRecState]):
     """PerSRec as published, over any backbone.
 
     All events of a batch are predicted: recent ones from summaries and what is recent before them,
@@ -158,7 +158,7 @@ class Paper(UserModel):
             whole.clone(),
         )
 
-    def encode(  # type: ignore[override]
+    def encode(
         self, events: Batch, state: PaperPerSRecState | None = None
     ) -> tuple[Tensor, PaperPerSRecState]:
         """Outputs ``[N, D]`` after each event, and the states, with summaries made anew."""
@@ -176,7 +176,7 @@ class Paper(UserModel):
             )
         )
 
-    def forward(self, events: Batch, state: PaperPerSRecState | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, events: Batch, state: PaperPerSRecState | None = None) -> Tensor:
         """The user vector ``[N, D]`` before each event, at the time of that event."""
         if state is None:
             state = self.initial_state(events.num_users)
@@ -187,7 +187,7 @@ class Paper(UserModel):
         outputs, _, _ = self._read(state, events, cuts, next_times(events))
         return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
 
-    def step(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:  # type: ignore[override]
+    def step(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:
         """Appends one event of each user; makes summaries anew that are due."""
         state = self.append(events, state)
         due = (state.age >= self.config.refresh).nonzero().flatten()
@@ -203,7 +203,7 @@ class Paper(UserModel):
         _, made, tokens = self._read(state, nothing, self._cuts(state.filled), none)
         return self._with_summaries(state, made, tokens)
 
-    def user_embedding(self, state: PaperPerSRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: PaperPerSRecState, at: Tensor | None = None) -> Tensor:
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
         config, some = self.config, state.filled.nonzero().flatten()
         vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from everlong.models.batch import Batch
-from everlong.models.state import State
 from everlong.models.user_model import CountingModel, ItemEmbeddings
 
 
@@ -48,7 +47,7 @@ class PopularityState(NamedTuple):
     user: Tensor  # [B, 1], always one
 
 
-class Popularity(CountingModel):
+class Popularity(CountingModel[PopularityState]):
     """Scores an item by the number of its events."""
 
     counts: Tensor  # [I]
@@ -58,7 +57,7 @@ class Popularity(CountingModel):
         self.config = config
         self.register_buffer("counts", torch.zeros(config.num_items))
 
-    def observe(self, events: Batch, state: State | None = None) -> None:
+    def observe(self, events: Batch, state: PopularityState | None = None) -> None:
         """Adds the events to the counts."""
         seen = torch.bincount(events.items, minlength=self.num_items)
         self.counts = self.counts + seen.to(self.counts)
@@ -67,7 +66,7 @@ class Popularity(CountingModel):
         """One for every user, which the counts are multiplied by."""
         return PopularityState(self.counts.new_ones(num_users, 1))
 
-    def encode(  # type: ignore[override]
+    def encode(
         self, events: Batch, state: PopularityState | None = None
     ) -> tuple[Tensor, PopularityState]:
         """The constant, for every event and every user."""
@@ -90,7 +89,7 @@ class RecentPopularity(Popularity):
         super().__init__(config)
         self.register_buffer("latest", torch.tensor(torch.iinfo(torch.int64).min))
 
-    def observe(self, events: Batch, state: State | None = None) -> None:
+    def observe(self, events: Batch, state: PopularityState | None = None) -> None:
         """Adds the events to the counts, all aged to the latest event seen so far."""
         if events.num_events == 0:
             return

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from everlong.models import state as states
 from everlong.models.batch import Batch, RequestBatch
-from everlong.models.state import State
+from everlong.models.state import S
 from everlong.models.user_model import UserModel
 from everlong.ops import newest
 from everlong.ops.dropout import Dropout
@@ -79,7 +79,7 @@ class Recent(NamedTuple):
     items: Tensor  # [Q, W]
 
 
-class Ranker(UserModel):
+class Ranker(UserModel[S]):
     """A model that scores the candidates of a request as one set.
 
     ``score`` takes the candidates of a user as one set; the whole catalogue is one, too. The order
@@ -138,7 +138,7 @@ class Ranker(UserModel):
         Every request is answered as ``score`` answers it from the state just before it.
         """
 
-    def encode(self, events: Batch, state: State | None = None) -> tuple[Tensor, State]:
+    def encode(self, events: Batch, state: S | None = None) -> tuple[Tensor, S]:
         """Memories ``[N, U]`` after each event, flat, and the final states.
 
         The memory of every event would fill the machine: who needs the final state alone calls
@@ -153,7 +153,7 @@ class Ranker(UserModel):
             outputs.append((step.places, self.user_embedding(now)))
         return self._in_order(outputs), last
 
-    def forward(self, events: Batch, state: State | None = None) -> Tensor:
+    def forward(self, events: Batch, state: S | None = None) -> Tensor:
         """The memory ``[N, U]`` before each event, flat, at the time of that event."""
         if state is None:
             state = self.initial_state(events.num_users)

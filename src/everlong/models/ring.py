@@ -46,7 +46,7 @@ class RingState(NamedTuple):
     newest: Tensor  # [B, D], what the last layer reads of the newest event
 
 
-class Ring(UserModel):
+class Ring(UserModel[RingState]):
     """A decoder on packed histories; each event sees the last W events, itself included.
 
     In all layers but the last, the time that a query has is that of its own event, so that keys
@@ -73,14 +73,14 @@ class Ring(UserModel):
             start.new_zeros(num_users, config.dim),
         )
 
-    def encode(self, events: Batch, state: RingState | None = None) -> tuple[Tensor, RingState]:  # type: ignore[override]
+    def encode(self, events: Batch, state: RingState | None = None) -> tuple[Tensor, RingState]:
         """Outputs ``[N, D]`` after each event, as of its own time, and the final states."""
         if state is None:
             state = self.initial_state(events.num_users)
         run = self._run(events, state, events.times)
         return run.outputs, self._append(events, state, run)
 
-    def forward(self, events: Batch, state: RingState | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, events: Batch, state: RingState | None = None) -> Tensor:
         """The user vector ``[N, D]`` before each event, at the time of that event."""
         if state is None:
             state = self.initial_state(events.num_users)
@@ -89,7 +89,7 @@ class Ring(UserModel):
         outputs = self._run(events, state, next_times(events)).outputs
         return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
 
-    def user_embedding(self, state: RingState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: RingState, at: Tensor | None = None) -> Tensor:
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event.
 
         The last layer alone is computed: ``W D`` multiply-adds twice, whatever the history.

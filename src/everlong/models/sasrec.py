@@ -81,7 +81,7 @@ class SASRecState(NamedTuple):
     seen: Tensor  # [B] int64, events so far
 
 
-class SASRec(UserModel):
+class SASRec(UserModel[SASRecState]):
     """Self-attention over windows.
 
     A served user vector is read from the last W events. In training, and in the outputs of
@@ -119,9 +119,7 @@ class SASRec(UserModel):
         items = torch.zeros(shape, dtype=torch.int32, device=device)
         return SASRecState(items, torch.zeros(num_users, dtype=torch.int64, device=device))
 
-    def encode(  # type: ignore[override]
-        self, events: Batch, state: SASRecState | None = None
-    ) -> tuple[Tensor, SASRecState]:
+    def encode(self, events: Batch, state: SASRecState | None = None) -> tuple[Tensor, SASRecState]:
         """Outputs ``[N, D]`` after each event, and the last items."""
         if state is None:
             state = self.initial_state(events.num_users)
@@ -138,12 +136,12 @@ class SASRec(UserModel):
         outputs = hidden.new_empty(events.num_events, self.config.dim)
         return outputs.index_copy(0, target, hidden[own]), final
 
-    def step(self, events: Batch, state: SASRecState) -> SASRecState:  # type: ignore[override]
+    def step(self, events: Batch, state: SASRecState) -> SASRecState:
         """The window moved on by one event; attention is left to ``score``."""
         new = events.items[:, None].to(torch.int32)
         return SASRecState(torch.cat([state.items[:, 1:], new], dim=1), state.seen + 1)
 
-    def user_embedding(self, state: SASRecState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: SASRecState, at: Tensor | None = None) -> Tensor:
         """The user vector ``[B, D]``: attention over the last W events of each user."""
         vectors = self.start.expand(state.seen.numel(), -1)
         windows = latest(state.seen, self.config.window)

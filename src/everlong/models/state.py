@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
+from typing_extensions import TypeVar
 
 State = tuple[Tensor, ...]
 """Any ``NamedTuple`` whose fields are tensors ``[B, ...]``; each model declares its own."""
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S", bound=State, default=Any)
+"""The state of one model, which goes in and comes out."""
 
 
 class FieldSpec(NamedTuple):

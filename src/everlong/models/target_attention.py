@@ -81,7 +81,7 @@ class TargetAttentionState(NamedTuple):
     events: Tensor  # [B] int64, how many there were in all
 
 
-class TargetAttention(Ranker):
+class TargetAttention(Ranker[TargetAttentionState]):
     """Candidates that read the last W events of a history."""
 
     config: TargetAttentionConfig
@@ -108,7 +108,7 @@ class TargetAttention(Ranker):
         codes = times[..., None].repeat(1, 1, len(self.config.fields)).to(torch.int32)
         return TargetAttentionState(times.to(torch.int32), times, codes, none, none.clone())
 
-    def final_state(  # type: ignore[override]
+    def final_state(
         self, events: Batch, state: TargetAttentionState | None = None
     ) -> TargetAttentionState:
         """The last events of each user."""
@@ -120,11 +120,11 @@ class TargetAttention(Ranker):
         held = newest.insert(held_by(state), state.events, new)
         return TargetAttentionState(*held, state.events + events.lengths)
 
-    def step(self, events: Batch, state: TargetAttentionState) -> TargetAttentionState:  # type: ignore[override]
+    def step(self, events: Batch, state: TargetAttentionState) -> TargetAttentionState:
         """Appends one event of each user."""
         return self.final_state(events, state)
 
-    def user_embedding(self, state: TargetAttentionState, at: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def user_embedding(self, state: TargetAttentionState, at: Tensor | None = None) -> Tensor:
         """Events, their items and the time of the request, flat: ``[B, U]``."""
         at = state.times[:, -1] if at is None else at
         recent = self._recent_at(held_by(state), at)

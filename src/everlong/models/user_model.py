@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Generic, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from everlong.models.batch import Batch
-from everlong.models.state import State
+from everlong.models.state import S
 
 StateKind = Literal["order-dependent", "additive"]
 
@@ -25,12 +25,15 @@ class ItemEmbeddings(NamedTuple):
     bias: Tensor  # [I]
 
 
-class UserModel(nn.Module):
+class UserModel(nn.Module, Generic[S]):
     """Reads users' events into states of fixed size and scores items from those states alone.
 
     A model whose scores are dot products writes ``initial_state``, ``encode`` and
     ``item_embeddings``; its state has a field ``user [B, D]``, the output after the user's last
     event. Everything else follows from these. Other models override ``score_vectors`` or ``score``.
+
+    ``S`` is the model's own state, as in ``class LRU(UserModel[LRUState])``. ``UserModel`` without
+    it stands for a model of any state.
     """
 
     state_kind: ClassVar[StateKind] = "order-dependent"
@@ -70,11 +73,11 @@ class UserModel(nn.Module):
         return False
 
     @abstractmethod
-    def initial_state(self, num_users: int) -> State:
+    def initial_state(self, num_users: int) -> S:
         """The state of users without events, every field ``[num_users, ...]``."""
 
     @abstractmethod
-    def encode(self, events: Batch, state: State | None = None) -> tuple[Tensor, State]:
+    def encode(self, events: Batch, state: S | None = None) -> tuple[Tensor, S]:
         """Reads many events of many users.
 
         Args:
@@ -85,15 +88,15 @@ class UserModel(nn.Module):
             The output after each event ``[N, D]`` and the state after each user's last event.
         """
 
-    def final_state(self, events: Batch, state: State | None = None) -> State:
+    def final_state(self, events: Batch, state: S | None = None) -> S:
         """The state after each user's last event: what ``encode`` returns, without the outputs."""
         return self.encode(events, state)[1]
 
-    def step(self, events: Batch, state: State) -> State:
+    def step(self, events: Batch, state: S) -> S:
         """Reads one event of each user: ``events`` holds exactly one event a user."""
         return self.encode(events, state)[1]
 
-    def forward(self, events: Batch, state: State | None = None) -> Tensor:
+    def forward(self, events: Batch, state: S | None = None) -> Tensor:
         """The training path: the user vector *before* each event, all events at once.
 
         Returns:
@@ -104,7 +107,7 @@ class UserModel(nn.Module):
         outputs, _ = self.encode(events, state)
         return shift(outputs, self.user_embedding(state), events.offsets)
 
-    def user_embedding(self, state: State, at: Tensor | None = None) -> Tensor:
+    def user_embedding(self, state: S, at: Tensor | None = None) -> Tensor:
         """The user vector of a state, ``[B, D]``, at the times ``at [B]`` of requests.
 
         Models without time ignore ``at``; the others take that of the newest event without it.
@@ -132,7 +135,7 @@ class UserModel(nn.Module):
         weight = weight.view(*items.shape, -1)
         return torch.einsum("bd,bcd->bc", user, weight) + bias.view(items.shape)
 
-    def score(self, state: State, items: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+    def score(self, state: S, items: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """Scores of items for users, from their states alone.
 
         Args:
@@ -146,11 +149,11 @@ class UserModel(nn.Module):
         return self.score_vectors(self.user_embedding(state, at), items)
 
 
-class CountingModel(UserModel):
+class CountingModel(UserModel[S]):
     """A model that counts the training events instead of learning by gradients."""
 
     @abstractmethod
-    def observe(self, events: Batch, state: State | None = None) -> None:
+    def observe(self, events: Batch, state: S | None = None) -> None:
         """Adds training events to the counts; called once for every part of the log.
 
         Args:

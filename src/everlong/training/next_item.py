@@ -180,7 +180,7 @@ def _first_states(model: UserModel, batch: TrainBatch, carried: State | None) ->
     """Fresh states, but for a first row that continues a history longer than a batch."""
     if not batch.carried or carried is None:
         return None
-    fresh = model.initial_state(batch.events.num_users)
+    fresh: State = model.initial_state(batch.events.num_users)
     return states.put(fresh, torch.tensor([0], device=carried[0].device), carried)
 
 
@@ -196,7 +196,8 @@ def _last_state(
     # in eval mode: the state that the next piece starts from has no dropout, as none that is served
     # has one, and no random number is drawn for it
     with serving(model):
-        return model.final_state(row, carried if batch.carried and last == 0 else None)
+        final: State = model.final_state(row, carried if batch.carried and last == 0 else None)
+    return final
 
 
 def _filled_up(piece: TrainBatch) -> TrainBatch:
