@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,31 @@ def resume(folder: Path, settings: dict[str, Any], events: Events) -> dict[str, 
     }
 
 
+def resume_ranker(folder: Path, settings: dict[str, Any], events: Events) -> dict[str, Any]:
+    """The same of a ranker behind the stored model ``lru``."""
+    retriever = everlong.load(STORED / "models" / "lru")
+    both = everlong.fit_ranker(retriever, events, folder=folder, resume=True, **settings)
+    users = events.user_ids.ids([0, 2]).to_list()
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    ranking = both.origin.metrics["ranking"]
+    return {
+        "epochs": [json.loads(line) for line in lines],
+        "best_epoch": ranking["best_epoch"],
+        "metrics": {name: round(value["mean"], 5) for name, value in ranking["metrics"].items()},
+        "lists": lists_of(both.recommend(users, k=10, filter_seen=False, at=AT)),
+    }
+
+
+def ask_encoder(encoder: Any) -> dict[str, Any]:
+    """Vectors of texts, and which of these were cut."""
+    found = encoder.encode(TEXTS)
+    return {
+        "digest": encoder.digest,
+        "vectors": [rounded(vector) for vector in found.vectors],
+        "cut": found.cut.tolist(),
+    }
+
+
 # the comparison
 
 
@@ -358,13 +383,31 @@ def test_a_data_folder_that_was_opened_is_opened_again(kind: str, copied: Path) 
     check(through_json(found), expected_of(kind))
 
 
-def test_a_run_goes_on_from_its_checkpoint(copied: Path, events: Events) -> None:
-    expected = expected_of("checkpoint")
-    found = through_json(resume(copied / "checkpoint" / "run", expected["fit"], events))
-    first, *rest = (STORED / "checkpoint" / "run" / "train.jsonl").read_text().splitlines()
+@pytest.mark.parametrize(
+    ("kind", "go_on"), [("checkpoint", resume), ("checkpoint_ranker", resume_ranker)]
+)
+def test_a_run_goes_on_from_its_checkpoint(
+    kind: str, go_on: Callable[..., Any], copied: Path, events: Events
+) -> None:
+    expected = expected_of(kind)
+    found = through_json(go_on(copied / kind / "run", expected["fit"], events))
+    first, *rest = (STORED / kind / "run" / "train.jsonl").read_text().splitlines()
     # with its time: this epoch was not run again
     assert found["epochs"][0] == json.loads(first)
     assert len(rest) + 1 < len(found["epochs"])
     for epoch in (*found["epochs"], *expected["resumed"]["epochs"]):
         del epoch["seconds"], epoch["events_per_second"]
     check(found, expected["resumed"])
+
+
+def test_an_encoder_with_adapters(copied: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from everlong.text.causal import CausalEncoder
+
+    expected = expected_of("encoder")
+    version = expected.pop("transformers")
+    if transformers.__version__ != version:
+        pytest.skip(f"the digest of an encoder is of the settings that transformers {version} has")
+    found = ask_encoder(CausalEncoder.load(copied / "encoder" / "folder"))
+    check(through_json(found), expected)

@@ -1,8 +1,8 @@
 """Writes ``tests/formats/v1``: every format that is stored, as version 0.1.0 wrote it.
 
-It ran once, with the code of commit 10bef9e and ``tests/test_formats.py`` as the commit that added
-both has it, and is kept to say how the files came to be. No test runs it, and later code need not
-be able to: formats of later versions get a folder and a script of their own.
+It ran once, with the code of commit 10bef9e and ``tests/test_formats.py`` with the imports of that
+code, and is kept to say how the files came to be. No test runs it, and later code need not be able
+to: formats of later versions get a folder and a script of their own.
 
     PYTHONPATH=src:tests python tests/formats/write_v1.py tests/formats/v1
 """
@@ -18,21 +18,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import polars as pl
+import tokenizers
 import torch
+import transformers
 
 import everlong
-from everlong import pipeline
+from everlong import pipeline, ranking_pipeline
+from everlong.batch import RequestBatch
 from everlong.dataset import Dataset, TrainBatch
 from everlong.encoders import Encoded
+from everlong.encoders.causal import CausalEncoder
 from everlong.events import Events
 from everlong.models import BUILTIN, config_class, load_model_class
 from everlong.progress import Progress
+from everlong.requests import RequestDataset
 from everlong.service import log as service_log
 from everlong.service.deployment import Deployment
 from everlong.service.log import Event, Receipt
@@ -41,6 +47,7 @@ from everlong.sources.synthetic import exposures
 from everlong.vector_cache import encode_cached
 from test_formats import (
     TEXTS,
+    ask_encoder,
     ask_events,
     ask_items,
     ask_model,
@@ -48,10 +55,16 @@ from test_formats import (
     ask_with_one_item_more,
     open_service,
     resume,
+    resume_ranker,
 )
 
 ROOT = Path("/tmp/everlong-formats-v1")
 """Where the files are made; service.json keeps whole paths."""
+
+KINDS = (
+    *("events", "items", "vectors", "models", "encoder"),
+    *("service", "killed", "checkpoint", "checkpoint_ranker"),
+)
 
 SMALL = {
     "dim": 8,
@@ -80,8 +93,14 @@ CHECKPOINT: dict[str, Any] = {
         "precision": "float32",
     },
 }
-STOP_AT = (1, 3)
-"""Epoch and piece at which the run is interrupted."""
+CHECKPOINT_RANKER: dict[str, Any] = {
+    "model": "ifa",
+    "architecture": {"dim": 8, "heads": 2, "layers": 1, "window": 4, "fields": [["outcome", 2]]},
+    "training": {"epochs": 4, "batch_size": 100, "lr": 0.01},
+    "candidates": 12,
+}
+STOP_AT, STOP_RANKER_AT = (1, 3), (1, 1)
+"""Epoch and piece at which runs are interrupted."""
 
 FIRST = 1_700_000_000
 
@@ -111,6 +130,19 @@ class Stopping(Dataset):
             super().batches(budget, seed=seed, epoch=epoch, start=start)
         ):
             if (epoch, number) == STOP_AT:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
+
+
+class StoppingRequests(RequestDataset):
+    """The same of requests."""
+
+    def batches(
+        self, budget: int, *, seed: int, epoch: int, start: int = 0
+    ) -> Iterator[RequestBatch]:
+        batches = super().batches(budget, seed=seed, epoch=epoch, start=start)
+        for number, batch in enumerate(batches):
+            if (epoch, number) == STOP_RANKER_AT:
                 signal.raise_signal(signal.SIGINT)
             yield batch
 
@@ -325,22 +357,73 @@ def answer(folder: Path) -> None:
 
 
 def write_checkpoint(events: Events) -> None:
-    folder = ROOT / "checkpoint"
-    with patch.object(pipeline, "Dataset", Stopping):
-        try:
-            everlong.fit(
-                events,
-                folder=folder / "run",
-                protocol=everlong.TEMPORAL.replace(KEEP),
-                **CHECKPOINT,
-            )
-        except everlong.Interrupted as stopped:
-            print(stopped)
-        else:
-            raise AssertionError("the run was not interrupted")
+    folder, protocol = ROOT / "checkpoint", everlong.TEMPORAL.replace(KEEP)
+    with patch.object(pipeline, "Dataset", Stopping), interrupted():
+        everlong.fit(events, folder=folder / "run", protocol=protocol, **CHECKPOINT)
     shutil.copytree(folder / "run", ROOT / "run")
     resumed = resume(ROOT / "run", CHECKPOINT, events)
     write_json("checkpoint", {"fit": CHECKPOINT, "resumed": resumed})
+
+
+def write_checkpoint_ranker(events: Events) -> None:
+    folder = ROOT / "checkpoint_ranker"
+    retriever = everlong.load(ROOT / "models" / "lru")
+    with patch.object(ranking_pipeline, "RequestDataset", StoppingRequests), interrupted():
+        everlong.fit_ranker(retriever, events, folder=folder / "run", **CHECKPOINT_RANKER)
+    shutil.copytree(folder / "run", ROOT / "run_ranker")
+    resumed = resume_ranker(ROOT / "run_ranker", CHECKPOINT_RANKER, events)
+    write_json("checkpoint_ranker", {"fit": CHECKPOINT_RANKER, "resumed": resumed})
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """A block that ends by Ctrl-C."""
+    try:
+        yield
+    except everlong.Interrupted as stopped:
+        print(stopped)
+    else:
+        raise AssertionError("the run was not interrupted")
+
+
+def write_encoder() -> None:
+    """A language model of random weights, with adapters that have learned something."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=258,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
+    )
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=258,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained("language_model")
+    words.save_pretrained("language_model")
+    encoder = CausalEncoder("language_model", prompt="item: ", max_tokens=24)
+    encoder.add_adapters(rank=2)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    (ROOT / "encoder").mkdir()
+    encoder.save(ROOT / "encoder" / "folder")
+    answers = ask_encoder(CausalEncoder.load(ROOT / "encoder" / "folder"))
+    write_json("encoder", {"transformers": transformers.__version__, **answers})
 
 
 def main(target: Path) -> None:
@@ -356,7 +439,9 @@ def main(target: Path) -> None:
         write_service(events.item_ids.ids(range(events.num_items)).to_list())
         write_killed(frame)
     write_checkpoint(events)
-    for kind in ("events", "items", "vectors", "models", "service", "killed", "checkpoint"):
+    write_checkpoint_ranker(events)
+    write_encoder()
+    for kind in KINDS:
         shutil.copytree(ROOT / kind, target / kind)
 
 
