@@ -1,17 +1,21 @@
-# demo shows the library, test runs its tests, check reads its code; each installs what it needs.
+# demo shows the library; test runs the tests of a change, test-slow the rest of them (long forms, a
+# browser, a GPU); check reads the code. Each installs what it needs.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test check audit format
+.PHONY: demo test test-slow check audit format
 
 demo: $(VENV)/.demo
 	$(BIN)/everlong demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not (slow or browser or gpu)"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow or browser or gpu"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.forms import slow
 from torch import Tensor
 from torch.nn import functional
 
@@ -81,7 +82,7 @@ def test_user_vectors_follow_the_equations(relative_bias: bool) -> None:
     assert torch.allclose(later, outputs[-1]) != relative_bias
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.float32)])
 @pytest.mark.parametrize(
     "settings",
     [{}, {"window": 1}, {"window": 100}, {"layers": 1}, {"relative_bias": False}],

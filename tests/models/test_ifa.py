@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.forms import slow
 from torch import Tensor
 
 from everlong.data.ids import IdMap
@@ -87,7 +88,7 @@ def random_requests(events: Batch, seed: int) -> RequestBatch:
         {"clock": False, "fields": ()},
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.float32)])
 def test_keeps_the_seven_laws(changes: dict[str, object], dtype: torch.dtype) -> None:
     report = check_model(
         small(**changes), dtype=dtype, fields=FIELDS, num_users=4, max_events=16, long_events=60

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.forms import slow
 from torch import Tensor
 
 from everlong.models import state as states
@@ -246,7 +247,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.float32)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_laws_hold(shape: dict[str, object], dtype: torch.dtype) -> None:
     report = check_model(made(**shape), num_users=6, long_events=300, dtype=dtype)
@@ -389,6 +390,7 @@ def answered(model: UserModel, items: Tensor) -> Tensor:
     return vectors.view(number, length, -1)[:, -1]
 
 
+@pytest.mark.slow
 def test_a_cue_beyond_the_recent_events_is_learned_through_tokens() -> None:
     """It is 38 to 70 events back; without tokens the model sees 31 at most."""
     shape = {"num_items": ASK + 1, "dim": 32, "dropout": 0.0}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.forms import slow
 from torch import Tensor
 
 from everlong.models import state as states
@@ -34,7 +35,7 @@ def scores_of(model: PaperPerSRec, items: list[int]) -> Tensor:
     return model.score(model.encode(Batch.from_histories([items]))[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.float32)])
 @pytest.mark.parametrize(
     "settings", [{}, {"placement": ONE}, {"refresh": 3}, {"relative_bias": False}], ids=str
 )

@@ -157,6 +157,7 @@ def test_nothing_labelled_is_an_error() -> None:
         train_ranker(small(events), RequestDataset(events, requests), RankerTrainConfig())
 
 
+@pytest.mark.slow
 def test_reaches_what_can_be_known_of_made_up_exposures() -> None:
     log = exposures(num_users=300, num_items=60, num_groups=6)
     events = read_events(log.frame, fields=["label", "outcome"], time_unit="s")

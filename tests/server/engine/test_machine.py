@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from tests.forms import forms
 from tests.server_writer import ITEMS, save_models
 
 from everlong.models.batch import Batch
@@ -32,9 +32,6 @@ from everlong.server.engine.service import Service
 from everlong.server.engine.shard import Shard
 from everlong.server.store.log import Event, Receipt
 from everlong.server.store.watermark import FACTOR
-
-EXAMPLES, STEPS = map(int, os.environ.get("EVERLONG_STEPS", "20x20").split("x"))
-"""How many stories of how many steps; the long form is 200x50."""
 
 USERS = st.sampled_from([f"u{n}" for n in range(6)])
 # the last of them are not known to the models
@@ -239,13 +236,18 @@ def _slowly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_slowly")
-def test_a_service_stands_as_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("steps", forms("STEPS", "10x20", "60x30"))
+def test_a_service_stands_as_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: str
+) -> None:
+    """``10x20`` is 10 stories of 20 steps."""
+    stories, length = map(int, steps.split("x"))
     Story.models = [ServedModel.read(folder) for folder in save_models(tmp_path)]
     run_state_machine_as_test(
         Story,
         settings=settings(
-            max_examples=EXAMPLES,
-            stateful_step_count=STEPS,
+            max_examples=stories,
+            stateful_step_count=length,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),

@@ -193,6 +193,7 @@ def test_files_hold_no_markup_from_text_and_nothing_from_elsewhere() -> None:
         assert not re.search(r"<script(?! type=\"module\" src=)|<style|\son\w+=|\sstyle=", text)
 
 
+@pytest.mark.browser
 @needs_browser
 def test_a_user_by_keyboard_and_what_an_event_changes(page: Page, address: str) -> None:
     sent(address, "ada", ["i00", "i01", "i02", "i03", "i01"], [0, 60, 7260, 7320, 7000])
@@ -256,6 +257,7 @@ def test_a_user_by_keyboard_and_what_an_event_changes(page: Page, address: str) 
     assert all(url.startswith((f"{address}/", "data:image/svg")) for url in asked)
 
 
+@pytest.mark.browser
 @needs_browser
 def test_a_second_delivery_a_time_and_the_switches(page: Page, address: str) -> None:
     sent(address, "bob", ["i00", "i01", "i02"], [0, 60, 120])
@@ -282,6 +284,7 @@ def test_a_second_delivery_a_time_and_the_switches(page: Page, address: str) -> 
     assert page.console() == []
 
 
+@pytest.mark.browser
 @needs_browser
 def test_nobody_knows_a_user_until_an_event(page: Page, address: str) -> None:
     page.open(f"{address}/?user=eve/a%3F%23 b")
@@ -299,6 +302,7 @@ def test_nobody_knows_a_user_until_an_event(page: Page, address: str) -> None:
     page.said("eve")
 
 
+@pytest.mark.browser
 @needs_browser
 def test_back_and_again(page: Page, address: str) -> None:
     sent(address, "dan", ["i00"], [0])
@@ -317,6 +321,7 @@ def test_back_and_again(page: Page, address: str) -> None:
     assert page.console() == []
 
 
+@pytest.mark.browser
 @needs_browser
 def test_ids_are_text(page: Page, address: str) -> None:
     sent(address, IMG, [IMG, "<script>document.title='broken'</script>"], [0, 1])
@@ -331,6 +336,7 @@ def test_ids_are_text(page: Page, address: str) -> None:
     assert page.console() == []
 
 
+@pytest.mark.browser
 @needs_browser
 def test_keys(page: Page, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
@@ -381,6 +387,7 @@ def test_keys(page: Page, folder: Path, tmp_path: Path) -> None:
     page.console()
 
 
+@pytest.mark.browser
 @needs_browser
 def test_numbers_stay_whole(page: Page, tmp_path: Path) -> None:
     number = pl.col("user_id", "item_id").str.slice(1).cast(pl.Int64)
@@ -407,6 +414,7 @@ def test_numbers_stay_whole(page: Page, tmp_path: Path) -> None:
         assert page.text("#user-facts dd") == str(user)
 
 
+@pytest.mark.browser
 @needs_browser
 @pytest.mark.parametrize("path", ["/", "/docs"])
 def test_a_narrow_screen_needs_no_sideways_scrolling(page: Page, address: str, path: str) -> None:
@@ -421,6 +429,7 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(page: Page, address: str, p
     assert page.run("document.scrollingElement.scrollWidth") == 360
 
 
+@pytest.mark.browser
 @needs_browser
 def test_examples_of_the_routes_work(page: Page, address: str) -> None:
     page.open(f"{address}/docs")

@@ -20,6 +20,8 @@ if not hasattr(os, "sched_setaffinity"):
     pytest.skip("cores cannot be chosen here", allow_module_level=True)
 from everlong.server.store.log import LogReader
 
+pytestmark = pytest.mark.slow
+
 ITEMS, USERS, HISTORY = 2_000, 200, 1_000
 OVERLOAD, SECONDS = 9_000.0, 1.5
 """Requests per second: several times what a core answers."""

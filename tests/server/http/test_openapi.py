@@ -22,6 +22,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("schemathesis")
 import httpx
 import uvicorn
+from tests.forms import forms
 from tests.server_models import walk
 
 import everlong
@@ -30,10 +31,6 @@ from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.http.app import MAX_BODY, make_app
 from everlong.server.http.keys import Key, Keys
-
-LONG = "EVERLONG_EXAMPLES" in os.environ
-EXAMPLES = os.environ.get("EVERLONG_EXAMPLES", "5")
-"""Requests made up for each operation, beside those at the edges; 1000 is the long form."""
 
 SECRET = "open sesame"
 AUTHORIZED = {"Authorization": f"Bearer {SECRET}"}
@@ -77,11 +74,15 @@ def client(url: str) -> Iterator[httpx.Client]:
         yield found
 
 
-def test_the_service_keeps_to_its_description(url: str, tmp_path: Path) -> None:
-    """Requests at the edges of the schemas, made up ones, and chains of them; wrong keys too."""
+@pytest.mark.parametrize("examples", forms("EXAMPLES", "1", "200"))
+def test_the_service_keeps_to_its_description(url: str, tmp_path: Path, examples: str) -> None:
+    """Requests at the edges of the schemas, made up ones, and chains of them; wrong keys too.
+
+    So many are made up for each operation.
+    """
     command = [Path(sys.executable).with_name("schemathesis"), "run", f"{url}/openapi.json"]
     command += ["--header", f"Authorization: Bearer {SECRET}", "--exclude-checks", EXCLUDED]
-    command += ["--max-examples", EXAMPLES, "--seed", "1", "--continue-on-failure", "--no-color"]
+    command += ["--max-examples", examples, "--seed", "1", "--continue-on-failure", "--no-color"]
     run = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=3_600
     )
@@ -165,12 +166,12 @@ def resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from Linux")
-def test_wrong_keys_cost_nothing(url: str) -> None:
-    count = 10_000 if LONG else 500
+@pytest.mark.parametrize("count", forms("WRONG_KEYS", "300", "10000"))
+def test_wrong_keys_cost_nothing(url: str, count: str) -> None:
     with httpx.Client(base_url=url) as client:
         client.get("/v1/model")
         before = resident()
-        for number in range(count):
+        for number in range(int(count)):
             found = client.get("/v1/model", headers={"Authorization": f"Bearer {number}"})
             assert found.status_code == 401
         assert resident() - before < 50_000_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sqlite3
 from collections import Counter
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tests.forms import forms
 from tests.server_writer import ITEMS, opened, table
 
 from everlong.server.engine.shard import Shard
@@ -24,9 +24,6 @@ from everlong.server.store.log import (
     Receipt,
     Stored,
 )
-
-FLIPS = int(os.environ.get("EVERLONG_FLIPS", "60"))
-"""How many bits are turned, one at a time; the long form is 1,000."""
 
 USERS = 12
 EVENTS = [
@@ -91,12 +88,13 @@ def same(a: tuple[Read, list[torch.Tensor]], b: tuple[Read, list[torch.Tensor]])
     return a[0] == b[0] and all(close)
 
 
+@pytest.mark.parametrize("flips", forms("FLIPS", "60", "500"))
 def test_every_flipped_bit_is_found_or_does_no_harm(
-    whole: tuple[Path, Read, list[torch.Tensor]], tmp_path: Path
+    whole: tuple[Path, Read, list[torch.Tensor]], tmp_path: Path, flips: str
 ) -> None:
     source, *expected = whole
     data, draw, outcomes = source.read_bytes(), random.Random(0), Counter[str]()
-    for number in range(FLIPS):
+    for number in range(int(flips)):
         spoiled, page = bytearray(data), draw.randrange(len(data) // PAGE)
         # what says where things are comes first in a page
         place = page * PAGE + draw.randrange(draw.choice([PAGE, 128]))
@@ -112,7 +110,7 @@ def test_every_flipped_bit_is_found_or_does_no_harm(
             outcomes["harmless"] += 1
         path.unlink(missing_ok=True)
     print(dict(outcomes))
-    assert outcomes["refused"] > FLIPS / 10
+    assert outcomes["refused"] > int(flips) / 10
     assert outcomes["harmless"] > 0
 
 

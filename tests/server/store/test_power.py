@@ -9,7 +9,6 @@ opens that disk.
 from __future__ import annotations
 
 import copy
-import os
 import random
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from tests.forms import forms
 
 from everlong.server.store.log import DamagedError, Event, EventLog
 
 apsw = pytest.importorskip("apsw")
-
-CUTS = int(os.environ.get("EVERLONG_CUTS", "40"))
-"""How many cuts; the long form is 500."""
 
 SECTOR, VFS_NAME = 512, "recorded"
 JOURNAL = apsw.SQLITE_OPEN_MAIN_JOURNAL | apsw.SQLITE_OPEN_WAL
@@ -374,15 +371,15 @@ def cuts_of(told: Story, count: int, seed: int) -> Iterator[tuple[int, dict[str,
         yield cut, disk_after(told.tape, cut, draw)
 
 
-STORIES = max(2, CUTS // 50)
-
-
-@pytest.mark.parametrize("seed", range(STORIES))
-def test_nothing_that_was_acknowledged_is_lost(tmp_path: Path, seed: int) -> None:
-    (tmp_path / "first").mkdir()
-    told = story(tmp_path / "first" / "shard.sqlite", seed, lazily=seed % 2 == 1)
-    for n, (cut, files) in enumerate(cuts_of(told, -(-CUTS // STORIES), seed)):
-        check_disk(files, tmp_path / f"cut-{n}", told, cut)
+@pytest.mark.parametrize("cuts", forms("CUTS", "40", "200"))
+def test_nothing_that_was_acknowledged_is_lost(tmp_path: Path, cuts: str) -> None:
+    stories = max(2, int(cuts) // 50)
+    for seed in range(stories):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        told = story(folder / "shard.sqlite", seed, lazily=seed % 2 == 1)
+        for n, (cut, files) in enumerate(cuts_of(told, -(-int(cuts) // stories), seed)):
+            check_disk(files, folder / f"cut-{n}", told, cut)
 
 
 def test_without_syncs_it_is_lost(tmp_path: Path) -> None:
