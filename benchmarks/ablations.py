@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 
 from everlong.data.dataset import Dataset, gather
 from everlong.data.events import read_events
-from everlong.data.split import PAPER, Segments, Split, split
+from everlong.data.split import PAPER, Split, TrainSegments, split
 from everlong.data.synthetic import long_dependency
 from everlong.evaluation.metrics import estimate, parse_metric
 from everlong.evaluation.next_item import evaluate
@@ -174,7 +174,7 @@ def synthetic() -> Split:
     return Split(
         protocol=parts.protocol,
         events=parts.events,
-        train=Segments(parts.train.user, first, stop, stop - 2),
+        train=TrainSegments(parts.train.user, first, stop, stop - 2),
         validation=parts.validation,
         test=parts.test,
         facts=parts.facts,

@@ -30,9 +30,10 @@ import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from everlong.data.arrays import IntArray
 from everlong.data.dataset import Dataset
 from everlong.data.events import read_events
-from everlong.data.split import PAPER, Rows, Segments, Split, Targets, split
+from everlong.data.split import PAPER, Split, Targets, TrainSegments, split
 from everlong.data.synthetic import SyntheticLog, long_dependency
 from everlong.evaluation.next_item import evaluate
 from everlong.models.hstu import HSTU, HSTUConfig
@@ -149,7 +150,7 @@ class Case:
 
     log: SyntheticLog
     parts: Split
-    distance: Rows
+    distance: IntArray
 
 
 def make_case(seed: int) -> Case:
@@ -207,7 +208,7 @@ def make_model(config: Any, seed: int) -> UserModel:
         return models[type(config)](config)
 
 
-def answers(case: Case, stage: Stage, window: int | None) -> Segments:
+def answers(case: Case, stage: Stage, window: int | None) -> TrainSegments:
     """All answers of a stage's users as labels, and what precedes them in the history.
 
     There are two segments a user, one for each episode, both from the beginning of the history.
@@ -219,10 +220,10 @@ def answers(case: Case, stage: Stage, window: int | None) -> Segments:
     half = len(chosen)
     stop[:half] -= case.distance[chosen] + 2
     start = first if window is None else np.maximum(first, stop - window)
-    return Segments(users, start, stop, stop - 2)
+    return TrainSegments(users, start, stop, stop - 2)
 
 
-def users_at(case: Case, distance: int) -> Rows:
+def users_at(case: Case, distance: int) -> IntArray:
     """The users at a distance, in order."""
     return np.flatnonzero(case.distance == distance)
 

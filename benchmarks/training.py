@@ -27,7 +27,7 @@ from torch import Tensor
 
 from everlong.data.dataset import Dataset
 from everlong.data.events import Events, read_events
-from everlong.data.split import PAPER, Segments, Split, split
+from everlong.data.split import PAPER, Split, TrainSegments, split
 from everlong.models.lru import LRU, LRUConfig
 from everlong.training.losses import full_softmax
 from everlong.training.next_item import TrainConfig, train
@@ -82,10 +82,10 @@ def log_like_ml1m() -> Events:
     return read_events(frame, timestamp=None)
 
 
-def chosen(parts: Split, number: int) -> Segments:
+def chosen(parts: Split, number: int) -> TrainSegments:
     """1,280 windows, others in each round."""
     order = np.random.default_rng(number).permutation(len(parts.train.start))[: ROWS * BATCHES]
-    return Segments(*(values[order] for values in parts.train))
+    return TrainSegments(*(values[order] for values in parts.train))
 
 
 def fresh(parts: Split, dropout: float = 0.2) -> LRU:
@@ -94,7 +94,7 @@ def fresh(parts: Split, dropout: float = 0.2) -> LRU:
     return LRU(replace(config, dropout=dropout, recurrence_dropout=dropout))
 
 
-def run_form(form: str, parts: Split, windows: Segments, generator: torch.Generator) -> float:
+def run_form(form: str, parts: Split, windows: TrainSegments, generator: torch.Generator) -> float:
     """Labelled events per second of one form over some windows."""
     if form == "nothing":
         return 0.0
@@ -106,7 +106,7 @@ def run_form(form: str, parts: Split, windows: Segments, generator: torch.Genera
     return float(result.history[-1]["events_per_second"])
 
 
-def run_published(model: PublishedLRU, parts: Split, windows: Segments) -> float:
+def run_published(model: PublishedLRU, parts: Split, windows: TrainSegments) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-9, weight_decay=0.01)
     labels, began = 0, time.perf_counter()
     for start in range(0, len(windows.start), ROWS):
@@ -119,7 +119,7 @@ def run_published(model: PublishedLRU, parts: Split, windows: Segments) -> float
     return labels / (time.perf_counter() - began)
 
 
-def padded(parts: Split, windows: Segments, rows: slice) -> tuple[Tensor, Tensor]:
+def padded(parts: Split, windows: TrainSegments, rows: slice) -> tuple[Tensor, Tensor]:
     """Rows of 200 inputs and labels, items from 1, zeros on the left (the published layout)."""
     length = PAPER.window or 200
     inputs, targets = np.zeros((2, len(windows.start[rows]), length), dtype=np.int64)
@@ -135,7 +135,7 @@ def padded(parts: Split, windows: Segments, rows: slice) -> tuple[Tensor, Tensor
 
 def compare_losses(parts: Split) -> dict[str, float]:
     """The loss of equal parameters without dropout, by each form, on one published batch."""
-    windows = Segments(*(values[:ROWS] for values in chosen(parts, 0)))
+    windows = TrainSegments(*(values[:ROWS] for values in chosen(parts, 0)))
     model = fresh(parts, dropout=0.0)
     # far from the flat start, so that equal losses mean something
     train(model, Dataset(parts.events, chosen(parts, 1)), TrainConfig(epochs=2, lr=3e-3))

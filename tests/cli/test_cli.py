@@ -135,10 +135,10 @@ def test_data_audit_and_index(log: Path, tmp_path: Path) -> None:
     assert "30 users" in printed
     assert "id order" in printed
     index = tmp_path / "index"
-    assert "30 users" in run("data", "index", log, index).stdout
+    assert "30 users" in run("data", "cache", log, index).stdout
     # an index is a log
     assert run("data", "audit", index).stdout.splitlines()[:6] == printed.splitlines()[:6]
-    assert "exists already" in refused("data", "index", log, index)
+    assert "exists already" in refused("data", "cache", log, index)
 
 
 def test_bench_prints_and_writes_its_measurements(tmp_path: Path) -> None:

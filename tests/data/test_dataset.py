@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everlong.data.dataset import Dataset, gather, pieces
+from everlong.data.dataset import Dataset, gather, plan_batches
 from everlong.data.events import Events, read_events
-from everlong.data.split import PAPER, Segments, split, whole
+from everlong.data.split import PAPER, TrainSegments, split, whole_histories
 
 
 def histories(lengths: list[int]) -> Events:
@@ -80,7 +80,7 @@ def test_pieces_fill_greedily(lengths: list[int], budget: int) -> None:
                 room = budget
             expected[-1].append((row, begin, end))
             room -= end - begin
-    plan = pieces(np.array(lengths, dtype=np.int64), budget)
+    plan = plan_batches(np.array(lengths, dtype=np.int64), budget)
     found = list(zip(plan.row, plan.begin, plan.end, strict=True))
     assert [found[low:high] for low, high in pairwise(plan.batch_offsets)] == expected
     assert plan.num_batches == len(expected)
@@ -88,7 +88,7 @@ def test_pieces_fill_greedily(lengths: list[int], budget: int) -> None:
 
 def test_epochs_differ_and_repeat_by_seed() -> None:
     events = histories([5] * 20)
-    dataset = Dataset(events, whole(events))
+    dataset = Dataset(events, whole_histories(events))
 
     def order(seed: int, epoch: int) -> list[int]:
         batches = dataset.batches(12, seed=seed, epoch=epoch)
@@ -102,7 +102,7 @@ def test_epochs_differ_and_repeat_by_seed() -> None:
 
 def test_start_skips_batches_and_nothing_else() -> None:
     events = histories([5, 40, 3, 9, 9, 2, 1])
-    dataset = Dataset(events, whole(events))
+    dataset = Dataset(events, whole_histories(events))
     everything = list(dataset.batches(8, seed=3, epoch=2))
     assert dataset.num_batches(8, seed=3, epoch=2) == len(everything)
     assert any(batch.carried for batch in everything)
@@ -144,7 +144,7 @@ def test_reads_memory_mapped_arrays(tmp_path: Path) -> None:
         item_ids=events.item_ids,
         facts=events.facts,
     )
-    (batch,) = Dataset(mapped, whole(mapped)).batches(100, seed=0, epoch=0)
+    (batch,) = Dataset(mapped, whole_histories(mapped)).batches(100, seed=0, epoch=0)
     assert sorted(batch.events.items.tolist()) == sorted(events.items.tolist())
     # the batch is a copy of its own: writing to it cannot reach the file
     batch.events.items.zero_()
@@ -154,7 +154,7 @@ def test_reads_memory_mapped_arrays(tmp_path: Path) -> None:
 def test_a_million_segments_are_planned_at_once() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, size=1_000_000)
     began = time.process_time()
-    plan = pieces(lengths, 50)
+    plan = plan_batches(lengths, 50)
     assert time.process_time() - began < 3  # a loop over events would take far longer
     assert (plan.end - plan.begin).max() == 50
     assert np.bincount(plan.row, weights=plan.end - plan.begin).astype(int).tolist() == list(
@@ -164,7 +164,7 @@ def test_a_million_segments_are_planned_at_once() -> None:
 
 def test_errors_say_what_to_do() -> None:
     events = histories([5, 3])
-    dataset = Dataset(events, whole(events))
+    dataset = Dataset(events, whole_histories(events))
     with pytest.raises(ValueError, match="at least 1 event"):
         dataset.batches(0, seed=0, epoch=0)
     with pytest.raises(ValueError, match="between 0 and 1"):
@@ -176,9 +176,9 @@ def test_errors_say_what_to_do() -> None:
 def test_segments_without_labels_are_left_out() -> None:
     events = histories([5, 3])
     ends = np.array([5, 8])
-    segments = Segments(np.arange(2), np.array([0, 5]), ends, np.array([5, 6]))
+    segments = TrainSegments(np.arange(2), np.array([0, 5]), ends, np.array([5, 6]))
     dataset = Dataset(events, segments)
     assert (dataset.num_events, dataset.num_labels) == (3, 2)
-    empty = Dataset(events, Segments(*(values[:0] for values in segments)))
+    empty = Dataset(events, TrainSegments(*(values[:0] for values in segments)))
     assert list(empty.batches(4, seed=0, epoch=0)) == []
     assert empty.num_batches(4, seed=0, epoch=0) == 0

@@ -10,7 +10,7 @@ import pytest
 
 import everlong.data.event_cache
 import everlong.data.events
-from everlong.data.event_cache import open_events, open_index, write_index
+from everlong.data.event_cache import open_event_cache, open_events, write_event_cache
 from everlong.data.events import Events, read_events
 from everlong.data.ids import IdMap
 
@@ -48,12 +48,12 @@ def assert_same(one: Events, two: Events) -> None:
 
 
 def test_written_and_opened_events_are_the_same_and_memory_mapped(tmp_path, events):
-    write_index(events, tmp_path / "index")
-    opened = open_index(tmp_path / "index", verify=True)
+    write_event_cache(events, tmp_path / "cache")
+    opened = open_event_cache(tmp_path / "cache", verify=True)
     assert_same(events, opened)
     assert type(opened.items) is np.ndarray
     assert isinstance(opened.items.base, np.memmap)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["index"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
 
 
 def test_events_of_nobody_can_be_written(tmp_path):
@@ -64,41 +64,41 @@ def test_events_of_nobody_can_be_written(tmp_path):
         user_ids=IdMap.from_values([]),
         item_ids=IdMap.from_values([]),
     )
-    write_index(nobody, tmp_path / "index")
-    assert_same(nobody, open_index(tmp_path / "index", verify=True))
+    write_event_cache(nobody, tmp_path / "cache")
+    assert_same(nobody, open_event_cache(tmp_path / "cache", verify=True))
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path, events):
-    write_index(events, tmp_path / "index")
+    write_event_cache(events, tmp_path / "cache")
     with pytest.raises(FileExistsError, match="exists already"):
-        write_index(events, tmp_path / "index")
+        write_event_cache(events, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
     "name", ["items.npy", "times.npy", "field_1.npy", "user_ids.parquet", "index.json"]
 )
 def test_a_cut_absent_or_changed_file_is_found(tmp_path, events, name):
-    folder = tmp_path / "index"
-    write_index(events, folder)
+    folder = tmp_path / "cache"
+    write_event_cache(events, folder)
     path = folder / name
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    with pytest.raises(ValueError, match="not a whole index"):
-        open_index(folder)
+    with pytest.raises(ValueError, match="not a complete event cache"):
+        open_event_cache(folder)
     path.unlink()
-    with pytest.raises(ValueError, match="not a whole index"):
-        open_index(folder)
+    with pytest.raises(ValueError, match="not a complete event cache"):
+        open_event_cache(folder)
     if name != "index.json":
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ValueError, match=f"{name} has changed"):
-            open_index(folder, verify=True)
-    with pytest.raises(FileNotFoundError, match="no index at"):
-        open_index(tmp_path / "absent")
+            open_event_cache(folder, verify=True)
+    with pytest.raises(FileNotFoundError, match="no event cache at"):
+        open_event_cache(tmp_path / "absent")
 
 
 def test_a_manifest_cannot_lead_elsewhere_or_to_another_format(tmp_path, events):
-    write_index(events, tmp_path / "index")
-    path = tmp_path / "index" / "index.json"
+    write_event_cache(events, tmp_path / "cache")
+    path = tmp_path / "cache" / "index.json"
     manifest = json.loads(path.read_text())
     for change in (
         {"format": 2},
@@ -108,20 +108,20 @@ def test_a_manifest_cannot_lead_elsewhere_or_to_another_format(tmp_path, events)
         {"files": {**manifest["files"], "items.npy": None}},
     ):
         path.write_text(json.dumps(manifest | change))
-        with pytest.raises(ValueError, match="not a whole index"):
-            open_index(tmp_path / "index")
+        with pytest.raises(ValueError, match="not a complete event cache"):
+            open_event_cache(tmp_path / "cache")
 
 
 def test_pickled_arrays_are_refused(tmp_path, events):
-    write_index(events, tmp_path / "index")
-    path = tmp_path / "index" / "items.npy"
+    write_event_cache(events, tmp_path / "cache")
+    path = tmp_path / "cache" / "items.npy"
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    manifest = tmp_path / "index" / "index.json"
+    manifest = tmp_path / "cache" / "index.json"
     content = json.loads(manifest.read_text())
     content["files"]["items.npy"]["bytes"] = path.stat().st_size
     manifest.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="not a whole index"):
-        open_index(tmp_path / "index")
+    with pytest.raises(ValueError, match="not a complete event cache"):
+        open_event_cache(tmp_path / "cache")
 
 
 def test_a_log_is_parsed_once_until_it_or_a_setting_changes(tmp_path, log, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_damaged_cache_is_read_again(tmp_path, log, caplog):
         again = open_events(log, cache_dir=tmp_path / "cache")
     assert "reading the log again" in caplog.text
     assert rows_equal(first, again)
-    open_index(folder, verify=True)
+    open_event_cache(folder, verify=True)
 
 
 def rows_equal(one: Events, two: Events) -> bool:
@@ -161,9 +161,9 @@ def rows_equal(one: Events, two: Events) -> bool:
     return one.facts == two.facts and one.item_ids == two.item_ids
 
 
-def test_an_index_folder_is_opened_as_it_is(tmp_path, events):
-    write_index(events, tmp_path / "index")
-    assert_same(events, open_events(tmp_path / "index", cache_dir=tmp_path / "cache"))
+def test_open_events_opens_the_folder_of_an_event_cache(tmp_path, events):
+    write_event_cache(events, tmp_path / "written")
+    assert_same(events, open_events(tmp_path / "written", cache_dir=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
     with pytest.raises(FileNotFoundError, match="no file at"):
         open_events(tmp_path / "absent.csv", cache_dir=tmp_path / "cache")

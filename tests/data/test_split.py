@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from everlong.data.dataset import Dataset
 from everlong.data.events import Events, read_events
-from everlong.data.split import PAPER, TEMPORAL, Protocol, split, whole
+from everlong.data.split import PAPER, TEMPORAL, Protocol, split, whole_histories
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 
@@ -275,11 +275,11 @@ def test_whole_histories_are_all_labels() -> None:
         log([(0, 1, 0), (0, 2, 1), (1, 9, 0), (2, 1, 5), (2, 2, 6)]),
         PAPER.replace({"min_item_events": 2}),
     ).events
-    segments = whole(events)
+    segments = whole_histories(events)
     assert segments.user.tolist() == [0, 2]
     assert segments.label_start.tolist() == segments.start.tolist() == [0, 2]
     assert segments.stop.tolist() == [2, 4]
-    assert len(whole(events, window=1).start) == 4
+    assert len(whole_histories(events, window=1).start) == 4
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the public data sets are not beside the project")

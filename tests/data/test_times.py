@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everlong.data.times import PER_SECOND, parse_times, read_clock
+from everlong.data.times import PER_SECOND, parse_times, to_unix_times
 
 MOMENT = datetime(2024, 1, 31, 12, 30, 5, tzinfo=UTC)
 SECONDS = int(MOMENT.timestamp())
 
 
 def clock(values, unit="auto", dtype=None):
-    return read_clock(parse_times(pl.Series("when", values, dtype=dtype)), unit)
+    return to_unix_times(parse_times(pl.Series("when", values, dtype=dtype)), unit)
 
 
 @settings(deadline=None, max_examples=60)
@@ -45,7 +45,7 @@ def test_the_unit_is_found_by_size(seconds, unit, data):
     ids=str,
 )
 def test_dates_of_every_form_are_the_same_second(values):
-    found = read_clock(parse_times(values), "auto")
+    found = to_unix_times(parse_times(values), "auto")
     assert found.unit == "datetime"
     assert found.times.tolist() == [SECONDS]
 

@@ -29,9 +29,9 @@ import tokenizers
 import transformers
 
 from everlong.text import causal
-from everlong.text.causal import CausalEncoder, Tokens
+from everlong.text.causal import CausalEncoder, TokenizedTexts
 from everlong.text.sentence import SentenceEncoder
-from everlong.text.source import extra
+from everlong.text.source import import_extra
 
 SENTENCES = [
     "a film about dogs and the people they live with",
@@ -697,7 +697,7 @@ def test_a_real_model_knows_what_is_alike() -> None:
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r'pip install "everlong\[text\]"'):
-        extra("peft")
+        import_extra("peft")
 
 
 def test_the_package_is_imported_without_the_extra() -> None:
@@ -732,7 +732,7 @@ def test_loading_is_silent(
 
 
 def test_tokens_are_plain_values() -> None:
-    tokens = Tokens(
+    tokens = TokenizedTexts(
         ids=torch.tensor([3, 0, 4, 5, 0], dtype=torch.int32),
         offsets=torch.tensor([0, 2, 5]),
         cut=torch.tensor([True, False]),

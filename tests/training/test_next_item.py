@@ -19,7 +19,7 @@ from torch import Tensor
 
 from everlong.data.dataset import Dataset, TrainBatch
 from everlong.data.events import Events, read_events
-from everlong.data.split import Segments, whole
+from everlong.data.split import TrainSegments, whole_histories
 from everlong.data.synthetic import markov_chain, markov_transitions
 from everlong.models.batch import Batch
 from everlong.models.gru4rec import GRU4Rec, GRU4RecConfig
@@ -65,7 +65,7 @@ EVENTS = log_of(LENGTHS)
 
 
 def dataset_of(events: Events = EVENTS) -> Dataset:
-    return Dataset(events, whole(events))
+    return Dataset(events, whole_histories(events))
 
 
 def lru(seed: int = 0, dropout: float = 0.3) -> LRU:
@@ -107,7 +107,7 @@ def same(first: tuple[Any, Any, Any], second: tuple[Any, Any, Any]) -> bool:
 class Stopping(Dataset):
     """Presses Ctrl-C while the piece of a given number (over all epochs) is read."""
 
-    def __init__(self, events: Events, segments: Segments, stop_at: int) -> None:
+    def __init__(self, events: Events, segments: TrainSegments, stop_at: int) -> None:
         super().__init__(events, segments)
         self.stop_at, self.pressed = stop_at, False
 
@@ -126,7 +126,7 @@ class Stopping(Dataset):
 def interrupted_then_resumed(
     config: TrainConfig, stop_at: int, folder: Path, model: UserModel | None = None
 ) -> tuple[dict[str, Tensor], list[Any], Any]:
-    stopping = Stopping(EVENTS, whole(EVENTS), stop_at)
+    stopping = Stopping(EVENTS, whole_histories(EVENTS), stop_at)
     with pytest.raises(Interrupted, match="resume from"):
         train(model or lru(), stopping, config, validate=score, folder=folder)
     # another start of the parameters, so that all must come from the checkpoint
@@ -207,7 +207,7 @@ def test_interrupted_twice(tmp_path: Path) -> None:
     model = lru()
     expected = outcome(model, train(model, dataset_of(), config, validate=score))
     for stop_at in (1, 4):
-        stopping = Stopping(EVENTS, whole(EVENTS), stop_at)
+        stopping = Stopping(EVENTS, whole_histories(EVENTS), stop_at)
         with pytest.raises(Interrupted):
             train(lru(), stopping, config, validate=score, folder=tmp_path, resume=True)
     fresh = lru(seed=99)
@@ -243,7 +243,7 @@ def test_interrupted_while_validating(tmp_path: Path) -> None:
 
 def test_without_a_folder_an_interrupt_says_that_nothing_was_kept() -> None:
     with pytest.raises(Interrupted, match="nothing was kept"):
-        train(lru(), Stopping(EVENTS, whole(EVENTS), 0), settings())
+        train(lru(), Stopping(EVENTS, whole_histories(EVENTS), 0), settings())
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
@@ -332,7 +332,7 @@ def test_the_best_weights_come_through_a_resume(tmp_path: Path) -> None:
     pieces = dataset_of().num_batches(16, seed=0, epoch=0)
     config = settings(epochs=9, patience=2)
     scores = Scores(0.3, 0.2)
-    stopping = Stopping(EVENTS, whole(EVENTS), 2 * pieces + 1)
+    stopping = Stopping(EVENTS, whole_histories(EVENTS), 2 * pieces + 1)
     with pytest.raises(Interrupted):
         train(lru(), stopping, config, validate=scores, folder=tmp_path)
     fresh = lru(seed=99)
@@ -517,7 +517,9 @@ def test_a_state_is_made_only_where_a_history_goes_on_and_without_dropout() -> N
 
 def test_events_before_the_labels_are_read_and_not_counted() -> None:
     events = log_of([30, 30])
-    segments = Segments(np.array([0, 1]), np.array([0, 30]), np.array([30, 60]), np.array([25, 31]))
+    segments = TrainSegments(
+        np.array([0, 1]), np.array([0, 30]), np.array([30, 60]), np.array([25, 31])
+    )
     data = Dataset(events, segments)
     whole_loss = train(lru(dropout=0.0), data, settings(epochs=1, lr=1e-9, batch_events=60))
     # some pieces have no label at all
@@ -526,7 +528,7 @@ def test_events_before_the_labels_are_read_and_not_counted() -> None:
 
 
 def test_nothing_to_learn_from_is_an_error() -> None:
-    nothing = Segments(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
+    nothing = TrainSegments(*(np.zeros(0, dtype=np.int64) for _ in range(4)))
     with pytest.raises(ValueError, match="training part of the log is empty"):
         train(lru(), Dataset(EVENTS, nothing), settings())
 
@@ -554,7 +556,7 @@ def test_other_models_learn_and_resume_too(
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     expected = {k: v.clone() for k, v in model.state_dict().items()}
     model.load_state_dict(start)
-    stopping = Stopping(EVENTS, whole(EVENTS), 1)
+    stopping = Stopping(EVENTS, whole_histories(EVENTS), 1)
     with pytest.raises(Interrupted):
         train(model, stopping, plan, validate=score, folder=tmp_path / "cut")
     model.load_state_dict(start)

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from everlong import __version__
 from everlong.cli.bench import bench
-from everlong.cli.data import data_audit, data_index
+from everlong.cli.data import data_audit, data_cache
 from everlong.cli.demo import demo
 from everlong.cli.evaluate import evaluate
 from everlong.cli.fit import fit
@@ -100,5 +100,5 @@ app.command("verify")(verify_log)
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at a log, or parse it once.")
 data_app.command("audit")(data_audit)
-data_app.command("index")(data_index)
+data_app.command("cache")(data_cache)
 app.add_typer(data_app, name="data")

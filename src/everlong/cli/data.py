@@ -1,4 +1,4 @@
-"""``everlong data``: the audit of a log, and its event cache."""
+"""The command ``everlong data``: audits a log, or writes its event cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def data_audit(
     ties: TieRule = Ties.STABLE,
     seed: Annotated[int, typer.Option(help="Of random ties.")] = 0,
 ) -> None:
-    """Says what a log can and cannot show: lengths, ties, repeats, order of ids, gaps."""
+    """Audits a log: history lengths, tied timestamps, repeats, order of ids, time gaps."""
     from everlong.data.audit import audit
 
     events = open_log(log, user_id, item_id, timestamp, ties.value, seed)
@@ -26,7 +26,7 @@ def data_audit(
         typer.echo(line)
 
 
-def data_index(
+def data_cache(
     log: Log,
     folder: Annotated[Path, typer.Argument(help="A new folder.")],
     user_id: UserColumn = "user_id",
@@ -35,8 +35,8 @@ def data_index(
     ties: TieRule = Ties.STABLE,
     seed: Annotated[int, typer.Option(help="Of random ties.")] = 0,
 ) -> None:
-    """Parses a log once into memory-mapped arrays, which every command accepts as a LOG."""
-    from everlong.data.event_cache import write_index
+    """Parses a log into an event cache: memory-mapped arrays that every command accepts as LOG."""
+    from everlong.data.event_cache import write_event_cache
     from everlong.data.events import read_events
 
     events = read_events(
@@ -47,7 +47,7 @@ def data_index(
         ties=ties.value,
         seed=seed,
     )
-    write_index(events, folder)
+    write_event_cache(events, folder)
     typer.echo(
         f"{folder}: {events.num_events:,} events of {events.num_users:,} users on "
         f"{events.num_items:,} items"

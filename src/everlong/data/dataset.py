@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from everlong.data.arrays import IntArray
 from everlong.data.events import Events
-from everlong.data.split import Rows, Segments
+from everlong.data.split import TrainSegments
 from everlong.models.batch import Batch
 
 
@@ -34,17 +35,17 @@ class TrainBatch:
     continues: bool
 
 
-class Pieces(NamedTuple):
+class BatchPlan(NamedTuple):
     """Ranges packed into batches: a range longer than the budget comes in several pieces.
 
     Batch ``m`` holds the pieces ``batch_offsets[m] .. batch_offsets[m + 1]``; a piece is the
     part ``begin .. end`` of the range ``row``.
     """
 
-    row: Rows  # [P]
-    begin: Rows  # [P]
-    end: Rows  # [P]
-    batch_offsets: Rows  # [M + 1]
+    row: IntArray  # [P]
+    begin: IntArray  # [P]
+    end: IntArray  # [P]
+    batch_offsets: IntArray  # [M + 1]
 
     @property
     def num_batches(self) -> int:
@@ -59,10 +60,10 @@ class Dataset:
         segments: what to train on; a segment without labels is left out.
     """
 
-    def __init__(self, events: Events, segments: Segments) -> None:
+    def __init__(self, events: Events, segments: TrainSegments) -> None:
         with_labels = segments.stop > segments.label_start
         self.events = events
-        self.segments = Segments(*(values[with_labels] for values in segments))
+        self.segments = TrainSegments(*(values[with_labels] for values in segments))
 
     @property
     def num_events(self) -> int:
@@ -92,12 +93,12 @@ class Dataset:
             )
         return torch.from_numpy(counts.astype(np.int64))
 
-    def plan(self, budget: int, *, seed: int, epoch: int) -> Pieces:
+    def plan(self, budget: int, *, seed: int, epoch: int) -> BatchPlan:
         """Which part of which segment is in which batch of an epoch; the same for equal input."""
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         order = random.permutation(len(self.segments.start))
         lengths = (self.segments.stop - self.segments.start)[order]
-        plan = pieces(lengths, budget)
+        plan = plan_batches(lengths, budget)
         return plan._replace(row=order[plan.row])
 
     def num_batches(self, budget: int, *, seed: int, epoch: int) -> int:
@@ -127,7 +128,7 @@ class Dataset:
             )
         return (self._batch(plan, number) for number in range(start, plan.num_batches))
 
-    def _batch(self, plan: Pieces, number: int) -> TrainBatch:
+    def _batch(self, plan: BatchPlan, number: int) -> TrainBatch:
         chosen = slice(plan.batch_offsets[number], plan.batch_offsets[number + 1])
         row = plan.row[chosen]
         start = self.segments.start[row] + plan.begin[chosen]
@@ -142,7 +143,7 @@ class Dataset:
         )
 
 
-def pieces(lengths: Rows, budget: int) -> Pieces:
+def plan_batches(lengths: IntArray, budget: int) -> BatchPlan:
     """Ranges of ``lengths [R]`` packed in their order into batches of at most ``budget`` events.
 
     A range that does not fit begins the next batch. A range longer than the budget fills whole
@@ -158,10 +159,10 @@ def pieces(lengths: Rows, budget: int) -> Pieces:
     first_piece = np.repeat(np.cumsum(count) - count, count)
     begin = (np.arange(len(row), dtype=np.int64) - first_piece) * budget
     end = np.minimum(begin + budget, lengths[row])
-    return Pieces(row, begin, end, _batch_offsets(end - begin, budget))
+    return BatchPlan(row, begin, end, _batch_offsets(end - begin, budget))
 
 
-def _batch_offsets(sizes: Rows, budget: int) -> Rows:
+def _batch_offsets(sizes: IntArray, budget: int) -> IntArray:
     """``[M + 1]`` where each batch begins, filled greedily with pieces of ``sizes [P]``."""
     ends = np.concatenate([[0], np.cumsum(sizes)])
     # for every piece, the batch that would begin there ends at ...; then follow the chain
@@ -172,7 +173,7 @@ def _batch_offsets(sizes: Rows, budget: int) -> Rows:
     return np.asarray(offsets, dtype=np.int64)
 
 
-def gather(events: Events, start: Rows, stop: Rows) -> Batch:
+def gather(events: Events, start: IntArray, stop: IntArray) -> Batch:
     """The events ``start[b] .. stop[b]`` of the log as row ``b`` of a batch, all in one copy.
 
     Args:
@@ -190,12 +191,12 @@ def gather(events: Events, start: Rows, stop: Rows) -> Batch:
     )
 
 
-def _positions(start: Rows, stop: Rows) -> Rows:
+def _positions(start: IntArray, stop: IntArray) -> IntArray:
     """``[N]`` every position of the ranges, one range after the other."""
     length = stop - start
     ends = np.cumsum(length)
     total = int(ends[-1]) if len(ends) else 0
-    shift: Rows = np.repeat(start - (ends - length), length)
+    shift: IntArray = np.repeat(start - (ends - length), length)
     return np.arange(total, dtype=np.int64) + shift
 
 

@@ -1,4 +1,4 @@
-"""The index: events on disk as memory-mapped arrays, so that a log is parsed only once."""
+"""The event cache: a parsed log on disk as memory-mapped arrays, so that it is parsed only once."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ARRAYS = ("items", "times", "offsets")
 logger = logging.getLogger(__name__)
 
 
-def write_index(events: Events, folder: str | Path) -> None:
-    """Writes events as a folder; either the whole folder appears or nothing does.
+def write_event_cache(events: Events, folder: str | Path) -> None:
+    """Writes events as an event cache: a new folder that appears complete or not at all.
 
     Raises:
         FileExistsError: if the folder exists already.
-        OSError: if it cannot be written, as on a full disk; nothing is left behind.
+        OSError: if it cannot be written, as on a full disk; no partial folder remains.
     """
     folder = Path(folder)
     if folder.exists():
@@ -44,20 +44,20 @@ def write_index(events: Events, folder: str | Path) -> None:
         raise OSError(f"cannot write {folder}: {error}") from error
 
 
-def open_index(folder: str | Path, *, verify: bool = False) -> Events:
-    """The events of a folder that ``write_index`` wrote, memory-mapped.
+def open_event_cache(folder: str | Path, *, verify: bool = False) -> Events:
+    """Opens an event cache and returns its events, memory-mapped.
 
     Args:
-        folder: the index.
+        folder: what ``write_event_cache`` wrote.
         verify: also read every file and compare its sha256.
 
     Raises:
-        ValueError: if the folder is not a whole index, or a file was cut or changed.
-        FileNotFoundError: if there is no such folder.
+        ValueError: if the folder is not a complete event cache, or a file is truncated or changed.
+        FileNotFoundError: if the folder does not exist.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no index at {folder}; write one with write_index")
+        raise FileNotFoundError(f"no event cache at {folder}; write one with write_event_cache")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -78,7 +78,7 @@ def open_index(folder: str | Path, *, verify: bool = False) -> Events:
         )
     except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
         raise ValueError(
-            f"{folder} is not a whole index: {error}; delete it and read the log again"
+            f"{folder} is not a complete event cache: {error}; delete it and read the log again"
         ) from error
 
 
@@ -94,31 +94,31 @@ def open_events(
     seed: int = 0,
     time_unit: TimeUnit | Literal["auto"] = "auto",
 ) -> Events:
-    """The events of log files, parsed once and memory-mapped from then on.
+    """Opens a log through the event cache: parses its files once and memory-maps them afterwards.
 
-    The index is kept in ``cache_dir``, default ``$EVERLONG_CACHE`` or ``~/.cache/everlong``, and
-    is made anew when a file or a setting changes. It may be deleted at any time. If it cannot be
-    written, a warning is logged and the events are returned from memory. A folder that
-    ``write_index`` wrote is opened as it is.
+    The event cache lies in ``cache_dir``, default ``$EVERLONG_CACHE`` or ``~/.cache/everlong``, and
+    is rebuilt when a file or a setting changes. Deleting it is safe at any time. If it cannot be
+    written, a warning is logged and the events stay in memory. A folder that ``write_event_cache``
+    wrote is opened directly.
 
     Args:
-        path: a .csv, .tsv or .parquet file, several of them, or an index folder.
-        cache_dir: where indexes are kept.
-        user_id: as in ``read_events``, like all that follow.
+        path: a .csv, .tsv or .parquet file, several of them, or the folder of an event cache.
+        cache_dir: the parent folder of event caches.
+        user_id: this and all that follow as in ``read_events``.
         item_id: the column of item ids.
-        timestamp: the column of times, or None.
-        fields: numeric columns to carry along.
-        ties: the order of events at one time.
+        timestamp: the column of timestamps, or None.
+        fields: numeric columns to keep.
+        ties: the order of events with equal timestamps.
         seed: the seed of random ties.
-        time_unit: what the times are.
+        time_unit: the unit of the timestamps.
 
     Raises:
         ValueError: if the log cannot be read.
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if a file does not exist.
     """
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]
     if len(paths) == 1 and paths[0].is_dir():
-        return open_index(paths[0])
+        return open_event_cache(paths[0])
     settings = {
         "user_id": user_id,
         "item_id": item_id,
@@ -131,7 +131,7 @@ def open_events(
     folder = _cache_root(cache_dir) / "events" / _cache_key(paths, settings)
     if folder.is_dir():
         try:
-            return open_index(folder)
+            return open_event_cache(folder)
         except ValueError as error:
             logger.warning("reading the log again: %s", error)
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,13 +146,17 @@ def open_events(
         time_unit=time_unit,
     )
     try:
-        write_index(events, folder)
+        write_event_cache(events, folder)
     except FileExistsError:
-        logger.info("another process indexed %s at the same time", folder)
+        logger.info("another process wrote the event cache %s at the same time", folder)
     except OSError as error:
-        logger.warning("the log will be parsed again next time, no index at %s: %s", folder, error)
+        logger.warning(
+            "cannot write the event cache %s: %s; the log will be parsed again next time",
+            folder,
+            error,
+        )
         return events
-    return open_index(folder)
+    return open_event_cache(folder)
 
 
 def _cache_root(cache_dir: str | Path | None) -> Path:
@@ -173,7 +177,7 @@ def _cache_key(paths: Sequence[Path], settings: dict[str, Any]) -> str:
 
 
 def _file_names(num_fields: int) -> list[str]:
-    # numbered: the name of a field may not be a file name
+    # numbered, because the name of a field need not be a valid file name
     fields = [f"field_{i}.npy" for i in range(num_fields)]
     return [*(f"{name}.npy" for name in ARRAYS), *fields, "user_ids.parquet", "item_ids.parquet"]
 
@@ -198,7 +202,7 @@ def _write_files(events: Events, folder: Path) -> None:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    # not np.save: on a full disk it can lose the end of the array without an error
+    # np.save can truncate the array on a full disk without an error; a plain write raises
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(np.ascontiguousarray(array).data)
@@ -213,7 +217,7 @@ def _check_file(path: Path, expected: dict[str, Any], verify: bool) -> None:
 
 
 def _open_array(path: Path) -> np.ndarray:
-    # a memory map cannot be empty, and a header takes at least 128 bytes
+    # an empty file region cannot be memory-mapped; the header alone takes at least 128 bytes
     empty = path.stat().st_size <= 128
     array = np.load(path, mmap_mode=None if empty else "r", allow_pickle=False)
     return np.asarray(array)

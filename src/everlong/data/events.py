@@ -14,7 +14,7 @@ import polars as pl
 
 from everlong.data.ids import IdMap
 from everlong.data.reading import Source, describe, read_table
-from everlong.data.times import Clock, TimeUnit, parse_times, read_clock
+from everlong.data.times import TimeUnit, UnixTimes, parse_times, to_unix_times
 
 Ties = Literal["stable", "random"]
 
@@ -287,14 +287,14 @@ def _map_ids(column: pl.Series) -> tuple[IdMap, np.ndarray]:
         raise ValueError(f"column {column.name!r}: {error}") from error
 
 
-def _clock(column: pl.Series | None, rows: int, unit: TimeUnit | Literal["auto"]) -> Clock:
+def _clock(column: pl.Series | None, rows: int, unit: TimeUnit | Literal["auto"]) -> UnixTimes:
     """The clock of the time column; without one, the order of the rows."""
     if column is not None:
-        return read_clock(column, unit)
+        return to_unix_times(column, unit)
     if unit not in ("auto", "position"):
         raise ValueError(f"timestamp=None has no clock, so time_unit={unit!r} does not fit")
     index = np.arange(rows)
-    return Clock(index, index, "position", "no time column: rows are in order already")
+    return UnixTimes(index, index, "position", "no time column: rows are in order already")
 
 
 def _order(users: np.ndarray, keys: np.ndarray, ties: Ties, seed: int) -> np.ndarray:
@@ -342,7 +342,7 @@ def _field(column: pl.Series, notes: list[str]) -> np.ndarray:
     return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
 
 
-def to_catalogue(events: Events, item_ids: IdMap) -> tuple[Events, int]:
+def restrict_to_catalogue(events: Events, item_ids: IdMap) -> tuple[Events, int]:
     """The events whose items are in a catalogue, in its rows, and how many others there were."""
     catalogue_rows = item_ids.rows(events.item_ids.ids(np.arange(events.num_items)))
     rows = catalogue_rows[events.items]

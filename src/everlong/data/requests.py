@@ -15,11 +15,11 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
+from everlong.data.arrays import IntArray
 from everlong.data.dataset import gather
 from everlong.data.events import Events
 from everlong.data.reading import Source, read_table
-from everlong.data.split import Rows
-from everlong.data.times import TimeUnit, parse_times, read_clock
+from everlong.data.times import TimeUnit, parse_times, to_unix_times
 from everlong.models.batch import RequestBatch
 
 SESSION_GAP_S = 1_800
@@ -54,12 +54,12 @@ class Requests:
         facts: what was left out.
     """
 
-    user: Rows
-    time: Rows
-    end: Rows
-    stop: Rows
-    offsets: Rows
-    items: Rows
+    user: IntArray
+    time: IntArray
+    end: IntArray
+    stop: IntArray
+    offsets: IntArray
+    items: IntArray
     labels: NDArray[np.float32]
     facts: RequestFacts = NOTHING_LEFT_OUT
 
@@ -76,11 +76,11 @@ class Requests:
         return int((~np.isnan(self.labels)).sum())
 
     @property
-    def request_rows(self) -> Rows:
+    def request_rows(self) -> IntArray:
         """``[P]`` the request of each candidate."""
         return np.repeat(np.arange(self.num_requests), np.diff(self.offsets))
 
-    def select(self, rows: Rows) -> Requests:
+    def select(self, rows: IntArray) -> Requests:
         """The requests at ``rows``, in that order."""
         lengths = np.diff(self.offsets)[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -97,9 +97,9 @@ class Requests:
             labels=self.labels[places],
         )
 
-    def history_lengths(self, events: Events) -> Rows:
+    def history_lengths(self, events: Events) -> IntArray:
         """``[Q]`` events before each request."""
-        lengths: Rows = self.stop - events.offsets[self.user]
+        lengths: IntArray = self.stop - events.offsets[self.user]
         return lengths
 
 
@@ -175,7 +175,7 @@ def read_requests(
         raise ValueError(
             f"expected candidates, received {rows_read} rows without any that has ids and a time"
         )
-    clock = read_clock(frame[timestamp], time_unit)  # type: ignore[arg-type]
+    clock = to_unix_times(frame[timestamp], time_unit)  # type: ignore[arg-type]
     if (clock.unit == "position") != (events.facts.time_unit == "position"):
         raise ValueError(
             f"expected the clock of the log ({events.facts.time_unit}), received {clock.unit}: "
@@ -239,9 +239,9 @@ def _field(events: Events, name: str) -> NDArray[np.generic]:
 
 def _requests(
     events: Events,
-    user: Rows,
-    times: tuple[Rows, Rows],
-    group: Rows,
+    user: IntArray,
+    times: tuple[IntArray, IntArray],
+    group: IntArray,
     items: NDArray[np.integer],
     labels: NDArray[np.float32],
 ) -> Requests:
@@ -274,7 +274,7 @@ def _requests(
     )
 
 
-def _stops(events: Events, user: Rows, time: Rows) -> Rows:
+def _stops(events: Events, user: IntArray, time: IntArray) -> IntArray:
     """``[Q]`` the position after the last event of each user before a time."""
     low, high = events.offsets[user].copy(), events.offsets[user + 1].copy()
     # all searches at once, one halving after the other
@@ -399,11 +399,11 @@ class RequestDataset:
         order = np.arange(len(self.users))
         return self._batches(order, self._plan(budget, order), 0)
 
-    def _order(self, seed: int, epoch: int) -> Rows:
+    def _order(self, seed: int, epoch: int) -> IntArray:
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         return random.permutation(len(self.users))
 
-    def _plan(self, budget: int, order: Rows) -> list[int]:
+    def _plan(self, budget: int, order: IntArray) -> list[int]:
         """Where each batch begins among the users in an order."""
         if budget < 1:
             raise ValueError(f"expected a budget of at least 1 a batch, received {budget}")
@@ -415,11 +415,11 @@ class RequestDataset:
             filled += size
         return [*cuts, len(order)] if len(order) else [0]
 
-    def _batches(self, order: Rows, plan: list[int], start: int) -> Iterator[RequestBatch]:
+    def _batches(self, order: IntArray, plan: list[int], start: int) -> Iterator[RequestBatch]:
         for begin, end in zip(plan[start:-1], plan[start + 1 :], strict=True):
             yield self._batch(order[begin:end])
 
-    def _batch(self, chosen: Rows) -> RequestBatch:
+    def _batch(self, chosen: IntArray) -> RequestBatch:
         counts = self._last[chosen] - self._first[chosen]
         ends = np.cumsum(counts)
         rows = np.arange(int(ends[-1])) + np.repeat(self._first[chosen] - (ends - counts), counts)

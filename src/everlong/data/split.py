@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from everlong.data.arrays import IntArray
 from everlong.data.events import Events
 from everlong.data.ids import IdMap
-
-Rows = NDArray[np.int64]
 
 
 class Protocol(BaseModel):
@@ -98,16 +97,16 @@ TEMPORAL = Protocol(
 )
 
 
-class Segments(NamedTuple):
+class TrainSegments(NamedTuple):
     """Pieces of histories to train on, ``[S]`` int64 each; positions count in ``Events.items``.
 
     Events ``start .. stop`` are read from a fresh state, ``label_start .. stop`` are labels.
     """
 
-    user: Rows
-    start: Rows
-    stop: Rows
-    label_start: Rows
+    user: IntArray
+    start: IntArray
+    stop: IntArray
+    label_start: IntArray
 
 
 class Targets(NamedTuple):
@@ -116,10 +115,10 @@ class Targets(NamedTuple):
     Events ``start .. stop`` are the history; ``stop .. end`` are predicted one by one, in order.
     """
 
-    user: Rows
-    start: Rows
-    stop: Rows
-    end: Rows
+    user: IntArray
+    start: IntArray
+    stop: IntArray
+    end: IntArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ class Split:
 
     protocol: Protocol
     events: Events
-    train: Segments
+    train: TrainSegments
     validation: Targets
     test: Targets
     facts: Mapping[str, int]
@@ -154,7 +153,7 @@ def split(events: Events, protocol: Protocol) -> Split:
     return _last_out(events, protocol)
 
 
-def whole(events: Events, *, window: int | None = None) -> Segments:
+def whole_histories(events: Events, *, window: int | None = None) -> TrainSegments:
     """Every user's whole history as training segments, for a final fit on all events."""
     users = np.arange(events.num_users, dtype=np.int64)
     return _segments(users, events.offsets[:-1], events.offsets[1:], window)
@@ -264,19 +263,21 @@ def _check_train(num_events: int, events: Events, protocol: Protocol) -> None:
         )
 
 
-def _first_at(events: Events, time: int) -> Rows:
+def _first_at(events: Events, time: int) -> IntArray:
     """``[U]`` position of each user's first event at ``time`` or later."""
     earlier = np.concatenate([[0], np.cumsum(events.times < time, dtype=np.int64)])
-    position: Rows = events.offsets[:-1] + np.diff(earlier[events.offsets])
+    position: IntArray = events.offsets[:-1] + np.diff(earlier[events.offsets])
     return position
 
 
-def _segments(users: Rows, first: Rows, stop: Rows, window: int | None) -> Segments:
+def _segments(
+    users: IntArray, first: IntArray, stop: IntArray, window: int | None
+) -> TrainSegments:
     """Training segments of ``users``; ``first`` and ``stop`` are of all users, ``[U]``."""
     users = users[stop[users] > first[users]]
     first, stop = first[users], stop[users]
     if window is None:
-        return Segments(users, first, stop, first)
+        return TrainSegments(users, first, stop, first)
     # a history of two windows or more becomes windows, counted from its end, each a fresh
     # start; a shorter one is used once (LRURec's code, sliding windows)
     length = stop - first
@@ -288,10 +289,12 @@ def _segments(users: Rows, first: Rows, stop: Rows, window: int | None) -> Segme
     # used once, its first label still has the event before it to be predicted from
     with_context = np.maximum(label_start - 1, first[row])
     start = np.where(count[row] > 1, label_start, with_context)
-    return Segments(users[row], start, segment_stop, label_start)
+    return TrainSegments(users[row], start, segment_stop, label_start)
 
 
-def _targets(users: Rows, first: Rows, stop: Rows, end: Rows, protocol: Protocol) -> Targets:
+def _targets(
+    users: IntArray, first: IntArray, stop: IntArray, end: IntArray, protocol: Protocol
+) -> Targets:
     """Targets of those ``users`` who have any; the other arrays are of all users, ``[U]``."""
     users = users[end[users] > stop[users]]
     first, stop, end = first[users], stop[users], end[users]

@@ -9,8 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from everlong.data.arrays import FloatArray, IntArray
 
 FIRST_DAY = 1_672_531_200  # 2023-01-01 00:00 UTC
 DAY_S = 86_400
@@ -35,7 +34,7 @@ class SyntheticLog:
     description: str
 
 
-def best_scores(probabilities: Floats) -> dict[str, float]:
+def best_scores(probabilities: FloatArray) -> dict[str, float]:
     """The expected scores of the best possible ranking, mean over rows.
 
     Args:
@@ -53,7 +52,7 @@ def best_scores(probabilities: Floats) -> dict[str, float]:
     }
 
 
-def markov_transitions(num_items: int, *, num_next: int = 5, seed: int = 0) -> Floats:
+def markov_transitions(num_items: int, *, num_next: int = 5, seed: int = 0) -> FloatArray:
     """``[I, I]`` chances of the next item after each item, ``num_next`` of them above zero."""
     if not 1 <= num_next <= num_items:
         raise ValueError(
@@ -345,11 +344,11 @@ class _Readers:
         ]
         return [*parts, "evening", *(f"item-{n:03d}" for n in range(self.seen.shape[1]))]
 
-    def answers(self, slot: Ints) -> NDArray[np.bool_]:
+    def answers(self, slot: IntArray) -> NDArray[np.bool_]:
         """``[num_users]`` whether what comes at these slots depends on an evening before."""
         return (slot > self.evening_slot) & (self.evenings >= 2)
 
-    def chances(self, slot: Ints, titles: Floats) -> Floats:
+    def chances(self, slot: IntArray, titles: FloatArray) -> FloatArray:
         """``[num_users, I]`` chances of each user's next item; the evening ends the cycle."""
         everyday = self.weights[self.previous] * ~self.seen
         everyday /= everyday.sum(axis=1, keepdims=True)
@@ -368,7 +367,7 @@ class _Readers:
             chances[due[:, None], part] = follow * titles[due, kind]
         return chances
 
-    def take(self, users: Ints, rows: Ints) -> None:
+    def take(self, users: IntArray, rows: IntArray) -> None:
         """Lets ``users [M]`` take their items of ``rows [num_users]``."""
         rows = rows[users]
         self.evenings[users[rows == self.evening]] += 1
@@ -382,7 +381,7 @@ class _Readers:
         self.titles[users[reads], kind] = np.eye(self.num_titles)[title]
 
 
-def _everyday_weights(random: np.random.Generator, num_items: int) -> Floats:
+def _everyday_weights(random: np.random.Generator, num_items: int) -> FloatArray:
     """``[I + 1, I]`` weights after each everyday item; the last row is for no item before."""
     popularity = random.permutation(1 / (np.arange(num_items) + 5.0))
     popularity /= popularity.sum()
@@ -393,7 +392,7 @@ def _everyday_weights(random: np.random.Generator, num_items: int) -> Floats:
     return weights
 
 
-def _draw(random: np.random.Generator, chances: Floats) -> Ints:
+def _draw(random: np.random.Generator, chances: FloatArray) -> IntArray:
     """``[Q]`` one item drawn from each row of ``chances [Q, I]``."""
     reached = np.cumsum(chances, axis=1)
     # scaled by the last sum and kept below it: rounding must not draw an impossible item
@@ -403,7 +402,9 @@ def _draw(random: np.random.Generator, chances: Floats) -> Ints:
 
 
 def _frame(
-    random: np.random.Generator, lengths: Ints, columns: dict[str, NDArray[np.generic] | pl.Series]
+    random: np.random.Generator,
+    lengths: IntArray,
+    columns: dict[str, NDArray[np.generic] | pl.Series],
 ) -> pl.DataFrame:
     """A log of users with ``lengths`` events each, as it would be written: in order of time."""
     first = np.cumsum(lengths) - lengths

@@ -19,7 +19,7 @@ LAST_SECOND = 253_402_300_799  # year 9999
 ISO = r"^\s*[+-]?\d{4,}-\d{2}-\d{2}([T ]\d{2}:\d{2}.*)?$"
 
 
-class Clock(NamedTuple):
+class UnixTimes(NamedTuple):
     """Times of a log.
 
     Attributes:
@@ -64,7 +64,7 @@ def parse_times(column: pl.Series) -> pl.Series:
     )
 
 
-def read_clock(column: pl.Series, unit: TimeUnit | Literal["auto"]) -> Clock:
+def to_unix_times(column: pl.Series, unit: TimeUnit | Literal["auto"]) -> UnixTimes:
     """The clock of a column that went through ``parse_times``, without nulls and infinities.
 
     Raises:
@@ -86,7 +86,7 @@ def read_clock(column: pl.Series, unit: TimeUnit | Literal["auto"]) -> Clock:
         _check_range(times, column.name, unit)
     if times.dtype != np.int64:
         times = np.floor(times).astype(np.int64)
-    return Clock(keys, times, unit, message)
+    return UnixTimes(keys, times, unit, message)
 
 
 def _parse_text(column: pl.Series) -> pl.Series:
@@ -109,7 +109,7 @@ def _parse_text(column: pl.Series) -> pl.Series:
     return times
 
 
-def _read_datetime(column: pl.Series, dtype: pl.Datetime, unit: str) -> Clock:
+def _read_datetime(column: pl.Series, dtype: pl.Datetime, unit: str) -> UnixTimes:
     if unit not in ("auto", "datetime"):
         raise ValueError(
             f"column {column.name!r} holds dates, so time_unit={unit!r} does not fit; "
@@ -120,7 +120,7 @@ def _read_datetime(column: pl.Series, dtype: pl.Datetime, unit: str) -> Clock:
     _check_range(times, column.name, "datetime")
     zone = "with a time zone" if dtype.time_zone else "without a time zone, taken as UTC"
     message = f"column {column.name!r} holds dates {zone}" if unit == "auto" else ""
-    return Clock(keys, times, "datetime", message)
+    return UnixTimes(keys, times, "datetime", message)
 
 
 def _detect(keys: np.ndarray, name: str) -> tuple[TimeUnit, str]:

@@ -11,9 +11,10 @@ import numpy as np
 import polars as pl
 import torch
 
+from everlong.data.arrays import IntArray
 from everlong.data.dataset import gather
 from everlong.data.events import Events
-from everlong.data.split import Rows, Targets
+from everlong.data.split import Targets
 from everlong.evaluation.metrics import (
     DEFAULT,
     LEVEL,
@@ -53,9 +54,9 @@ class Evaluation:
         masked_targets: targets that were such an item and so ranked last.
     """
 
-    ranks: Rows
-    users: Rows
-    history_lengths: Rows
+    ranks: IntArray
+    users: IntArray
+    history_lengths: IntArray
     metrics: Mapping[str, Estimate]
     num_items: int
     seen: Seen
@@ -203,7 +204,7 @@ class _Run(NamedTuple):
             progress=progress,
         )
 
-    def turns(self, part: Targets, state: State) -> Iterator[tuple[Rows, int]]:
+    def turns(self, part: Targets, state: State) -> Iterator[tuple[IntArray, int]]:
         """For the first, second, ... target: its rank for each user who has one, and how many
         were masked. The users of ``part`` are ordered by falling number of targets.
         """
@@ -218,7 +219,7 @@ class _Run(NamedTuple):
                 going_on = take(state, torch.arange(active, device=state[0].device))
                 state = self.model.step(revealed.to(self.device), going_on)
 
-    def _rank(self, state: State, start: Rows, position: Rows) -> tuple[Rows, int]:
+    def _rank(self, state: State, start: IntArray, position: IntArray) -> tuple[IntArray, int]:
         """The rank of the event at each ``position`` and how many of these items are masked."""
         ranks, masked = [], 0
         num_items = self.model.num_items
@@ -241,7 +242,7 @@ class _Run(NamedTuple):
         return np.concatenate(ranks), masked
 
 
-def _fill(costs: Rows, budget: int) -> Iterator[slice]:
+def _fill(costs: IntArray, budget: int) -> Iterator[slice]:
     """Consecutive slices of ``costs`` that sum to at most ``budget``; a larger cost is alone."""
     ends = np.cumsum(costs)
     first = 0
@@ -252,7 +253,7 @@ def _fill(costs: Rows, budget: int) -> Iterator[slice]:
         first = last
 
 
-def _blocks(run: _Run, targets: Targets) -> Iterator[Rows]:
+def _blocks(run: _Run, targets: Targets) -> Iterator[IntArray]:
     """The rows of ``targets`` in blocks whose states fit in memory, most targets first in each."""
     # histories of similar length together
     order = np.argsort(targets.stop - targets.start, kind="stable")

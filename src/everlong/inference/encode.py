@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from everlong.data.dataset import gather, pieces
+from everlong.data.arrays import IntArray
+from everlong.data.dataset import gather, plan_batches
 from everlong.data.events import Events
-from everlong.data.split import Rows
 from everlong.models.device import device_of, serving
 from everlong.models.state import State, concat, num_users, put, take
 from everlong.models.user_model import UserModel
@@ -23,8 +23,8 @@ EVENTS_PER_BATCH = 1 << 15
 def encode_histories(
     model: UserModel,
     events: Events,
-    start: Rows,
-    stop: Rows,
+    start: IntArray,
+    stop: IntArray,
     *,
     events_per_batch: int = EVENTS_PER_BATCH,
     device: torch.device | str | None = None,
@@ -32,7 +32,7 @@ def encode_histories(
 ) -> State:
     """The state after the events ``[start[q], stop[q])`` of each row q: ``Q`` users.
 
-    Rows of similar length are read together. A row longer than ``events_per_batch`` is read in
+    IntArray of similar length are read together. A row longer than ``events_per_batch`` is read in
     pieces, its state carried from one to the next.
 
     Args:
@@ -53,7 +53,7 @@ def encode_histories(
     lengths = stop - start
     # empty rows come first, which no batch brings
     order = np.argsort(lengths, kind="stable")
-    plan = pieces(lengths[order], events_per_batch)
+    plan = plan_batches(lengths[order], events_per_batch)
     done = 0
     with serving(model):
         parts = [model.initial_state(int(np.count_nonzero(lengths == 0)))]
@@ -80,7 +80,7 @@ def _split_last(state: State) -> tuple[State, State]:
     return take(state, rows[:-1]), take(state, rows[-1:])
 
 
-def check_ranges(events: Events, start: Rows, stop: Rows) -> None:
+def check_ranges(events: Events, start: IntArray, stop: IntArray) -> None:
     """Raises ``ValueError`` unless ``[start, stop)`` are ranges of events of the log."""
     if start.shape != stop.shape:
         raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from everlong.data.dataset import Dataset
-from everlong.data.events import Events, read_events, to_catalogue
+from everlong.data.events import Events, read_events, restrict_to_catalogue
 from everlong.data.ids import IdMap
 from everlong.data.items import ItemTable
 from everlong.data.reading import Source
@@ -126,7 +126,7 @@ def fit(
         metrics=measure(network, parts, result),
     )
     recommender = Recommender(network, parts.events.item_ids, origin)
-    known, dropped = to_catalogue(events, parts.events.item_ids)
+    known, dropped = restrict_to_catalogue(events, parts.events.item_ids)
     recommender.users.add(known.user_ids.ids(np.arange(known.num_users)))
     read_into(network, recommender.users, known)
     if dropped:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from everlong.data.events import Events, to_catalogue
+from everlong.data.events import Events, restrict_to_catalogue
 from everlong.data.items import ItemTable
 from everlong.data.requests import (
     SESSION_GAP_S,
@@ -82,7 +82,7 @@ def fit_ranker(
         else load_settings(RankerTrainConfig, training or {})
     )
     place = named_device(device)
-    known, _ = to_catalogue(events, recommender.item_ids)
+    known, _ = restrict_to_catalogue(events, recommender.item_ids)
     settings = dict(architecture or {})
     if items is not None:
         settings = {**item_features(items)._asdict(), **settings}

@@ -14,11 +14,12 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from everlong.data.events import Events, read_events, to_catalogue
+from everlong.data.arrays import IntArray
+from everlong.data.events import Events, read_events, restrict_to_catalogue
 from everlong.data.ids import IdMap
 from everlong.data.items import ItemTable
 from everlong.data.reading import Source
-from everlong.data.split import Protocol, Rows, split
+from everlong.data.split import Protocol, split
 from everlong.data.times import TimeUnit
 from everlong.evaluation.next_item import Evaluation, evaluate
 from everlong.inference.topk import SCORES_PER_BATCH, mask_items, top_k
@@ -202,7 +203,7 @@ class Recommender:
                 time_unit="position" if self.origin.time_unit == "position" else time_unit,
             )
         self._check_clock(events)
-        known, dropped = to_catalogue(events, self.item_ids)
+        known, dropped = restrict_to_catalogue(events, self.item_ids)
         if ordered:
             known = self._continued(known)
         new_users = self.users.add(known.user_ids.ids(np.arange(known.num_users)))
@@ -359,7 +360,7 @@ class Recommender:
         times = events.times + np.repeat(first, events.lengths)
         return dataclasses.replace(events, times=times)
 
-    def _known_users(self, ids: pl.Series) -> Rows:
+    def _known_users(self, ids: pl.Series) -> IntArray:
         rows = self.users.rows(ids)
         if (rows < 0).any():
             unknown = ids.filter(pl.Series(rows < 0))
@@ -369,7 +370,7 @@ class Recommender:
             )
         return rows
 
-    def _known_items(self, ids: pl.Series) -> Rows:
+    def _known_items(self, ids: pl.Series) -> IntArray:
         rows = self.item_ids.rows(ids)
         if (rows < 0).any():
             unknown = ids.filter(pl.Series(rows < 0))
@@ -415,7 +416,7 @@ class Recommender:
     def _list(
         self,
         table: UserTable,
-        rows: Rows,
+        rows: IntArray,
         names: pl.Series,
         k: int,
         filter_seen: bool,

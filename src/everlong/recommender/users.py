@@ -9,9 +9,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from everlong.data.dataset import gather, pieces
+from everlong.data.arrays import IntArray
+from everlong.data.dataset import gather, plan_batches
 from everlong.data.events import Events
-from everlong.data.split import Rows
 from everlong.inference.encode import EVENTS_PER_BATCH
 from everlong.models import state as states
 from everlong.models.batch import Batch
@@ -54,7 +54,7 @@ class UserTable:
         """User ids in the order of their rows."""
         return list(self._rows)
 
-    def rows(self, ids: pl.Series) -> Rows:
+    def rows(self, ids: pl.Series) -> IntArray:
         """The row of each id, -1 where unknown."""
         return np.fromiter((self._rows.get(i, -1) for i in ids.to_list()), np.int64, len(ids))
 
@@ -99,7 +99,7 @@ class UserTable:
         for stored, value in zip(self.states, new, strict=True):
             stored.index_copy_(0, rows, value)
 
-    def note(self, rows: Rows, offsets: Rows, items: Rows, times: Rows) -> int:
+    def note(self, rows: IntArray, offsets: IntArray, items: IntArray, times: IntArray) -> int:
         """Notes events that were read; returns how many came later than a newer one.
 
         Args:
@@ -123,12 +123,12 @@ class UserTable:
         self.num_events[rows] += lengths
         return late
 
-    def next_position(self, rows: Rows) -> Rows:
+    def next_position(self, rows: IntArray) -> IntArray:
         """One after the time of each user's newest event; 0 for users without events."""
-        following: Rows = np.where(self.num_events[rows] > 0, self.last_time[rows] + 1, 0)
+        following: IntArray = np.where(self.num_events[rows] > 0, self.last_time[rows] + 1, 0)
         return following
 
-    def seen_pairs(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def seen_pairs(self, rows: IntArray) -> tuple[Tensor, Tensor]:
         """Pairs (place in ``rows``, item row) of what these users have seen lately."""
         seen = self.seen[torch.from_numpy(rows)]
         place, slot = (seen >= 0).nonzero(as_tuple=True)
@@ -176,7 +176,7 @@ def read_into(model: UserModel, table: UserTable, events: Events) -> int:
     """Reads events into the states of a table that has their users; returns how many were late."""
     rows = table.rows(events.user_ids.ids(np.arange(events.num_users)))
     device = device_of(model)
-    plan = pieces(events.lengths, EVENTS_PER_BATCH)
+    plan = plan_batches(events.lengths, EVENTS_PER_BATCH)
     late = 0
     with serving(model):
         for number in range(plan.num_batches):
@@ -189,7 +189,7 @@ def read_into(model: UserModel, table: UserTable, events: Events) -> int:
 
 
 def _read_batch(
-    model: UserModel, table: UserTable, rows: Rows, batch: Batch, device: torch.device
+    model: UserModel, table: UserTable, rows: IntArray, batch: Batch, device: torch.device
 ) -> int:
     index = torch.from_numpy(rows)
     state = table.read_states(index)

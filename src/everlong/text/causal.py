@@ -25,11 +25,11 @@ from everlong.text.encoder import Encoded
 from everlong.text.source import (
     check_tokenizer,
     check_weights,
-    extra,
+    import_extra,
+    load_error,
     model_folder,
-    quiet,
     read_json,
-    refused,
+    silence,
     weights_digest,
 )
 
@@ -60,7 +60,7 @@ NOT_SETTINGS = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Tokens:
+class TokenizedTexts:
     """Tokens of ``n`` texts, one text after the other.
 
     Attributes:
@@ -78,15 +78,15 @@ class Tokens:
         """Texts with more tokens than are read."""
         return int(self.cut.sum())
 
-    def select(self, rows: Tensor) -> Tokens:
+    def select(self, rows: Tensor) -> TokenizedTexts:
         """Those of the texts at ``rows [m]``, in that order."""
         lengths = self.offsets.diff()[rows]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         where = _spans(self.offsets[rows], lengths)
-        return Tokens(ids=self.ids[where], offsets=offsets, cut=self.cut[rows])
+        return TokenizedTexts(ids=self.ids[where], offsets=offsets, cut=self.cut[rows])
 
 
-class Rows(NamedTuple):
+class PackedTexts(NamedTuple):
     """Some texts laid into rows of one length, ``R`` rows of ``T`` tokens.
 
     ``ids``, ``positions`` and ``segments`` are ``[R, T]``; segments number the texts, -1 where
@@ -155,7 +155,7 @@ class CausalEncoder(nn.Module):
 
     # ------------------------------------------------------------------ texts to vectors
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
+    def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
         """The tokens of texts behind the prompt, each with a place for the learned token."""
         longest = self._prompt_tokens + self.max_tokens
         found = self._token_ids([self.prompt + text for text in texts]) if len(texts) else []
@@ -163,9 +163,9 @@ class CausalEncoder(nn.Module):
         packed = [[*self._begin, *ids[:longest], 0] for ids in found]
         lengths = torch.tensor([0, *map(len, packed)], dtype=torch.int64)
         flat = np.fromiter((i for ids in packed for i in ids), np.int32, int(lengths.sum()))
-        return Tokens(ids=torch.from_numpy(flat), offsets=lengths.cumsum(0), cut=cut)
+        return TokenizedTexts(ids=torch.from_numpy(flat), offsets=lengths.cumsum(0), cut=cut)
 
-    def forward(self, tokens: Tokens) -> Tensor:
+    def forward(self, tokens: TokenizedTexts) -> Tensor:
         """Vectors ``[n, V]`` of ``n`` texts, in the type of the model, with gradients."""
         found, order = [], []
         for rows in self._rows(tokens):
@@ -264,7 +264,7 @@ class CausalEncoder(nn.Module):
         """
         if self._adapters is not None:
             raise ValueError("the encoder has adapters already: expected one call of add_adapters")
-        peft = extra("peft")
+        peft = import_extra("peft")
         layers = sorted(
             {
                 name.rpartition(".")[2]
@@ -318,7 +318,7 @@ class CausalEncoder(nn.Module):
             "adapters": self._adapters,
             "digest": self.digest,
         }
-        with new_folder(folder) as temporary, quiet():
+        with new_folder(folder) as temporary, silence():
             self.model.save_pretrained(temporary / MODEL, state_dict=plain)
             self.tokenizer.save_pretrained(temporary / MODEL)
             tensors = {"item": self.item, **learned}
@@ -367,7 +367,7 @@ class CausalEncoder(nn.Module):
 
     # ------------------------------------------------------------------ inside
 
-    def _read(self, embedded: Tensor, rows: Rows) -> Tensor:
+    def _read(self, embedded: Tensor, rows: PackedTexts) -> Tensor:
         """The hidden states ``[m, V]`` at the ends of the texts of ``R`` rows."""
         device = embedded.device
         segments = rows.segments.to(device)
@@ -387,20 +387,20 @@ class CausalEncoder(nn.Module):
         states: Tensor = outputs.last_hidden_state
         return states.flatten(0, 1)[rows.last.to(device)]
 
-    def _rows(self, tokens: Tokens) -> Iterator[Rows]:
+    def _rows(self, tokens: TokenizedTexts) -> Iterator[PackedTexts]:
         """Lays texts into rows, the longest first, and rows into calls."""
         lengths = tokens.offsets.diff()
         if lengths.numel() == 0:
             return
         order = lengths.argsort(descending=True, stable=True)
         budget = max(self.row_tokens, int(lengths.max()))
-        row, start = _fill(lengths[order].tolist(), budget)
+        row, start = _assign_rows(lengths[order].tolist(), budget)
         rows_a_call = max(1, CALL_TOKENS // budget)
         call = row // rows_a_call
         sizes = call.bincount().tolist()
         parts = (torch.split(part, sizes) for part in (order, row, start))
         for texts, where, first in zip(*parts, strict=True):
-            yield _lay(tokens, texts, where - where[0], first)
+            yield _pack(tokens, texts, where - where[0], first)
 
     @torch.no_grad()
     def _probe(self) -> int:
@@ -412,10 +412,10 @@ class CausalEncoder(nn.Module):
         inputs = scale * torch.randn(8, size, generator=random)
         inputs = inputs.to(self.model.dtype)
         offsets = torch.tensor([0, 3, 8])
-        tokens = Tokens(
+        tokens = TokenizedTexts(
             ids=torch.zeros(8, dtype=torch.int32), offsets=offsets, cut=torch.zeros(2).bool()
         )
-        rows = _lay(tokens, torch.arange(2), torch.zeros(2, dtype=torch.int64), offsets[:2])
+        rows = _pack(tokens, torch.arange(2), torch.zeros(2, dtype=torch.int64), offsets[:2])
         self.model.eval()
         try:
             together = self._read(inputs[None], rows).float()
@@ -482,14 +482,14 @@ def _load(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
         raise ValueError(f"{folder / 'config.json'}: expected settings of a model by name")
     check_tokenizer(folder, name)
     check_weights(folder, name)
-    transformers = extra("transformers")
+    transformers = import_extra("transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise refused(name, error) from error
+        raise load_error(name, error) from error
     _check_causal(config, name)
     try:
-        with quiet():
+        with silence():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model, info = transformers.AutoModel.from_pretrained(
                 folder,
@@ -501,7 +501,7 @@ def _load(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
             )
     # configurations, files and tokenizers of others fail in ways of their own
     except Exception as error:
-        raise refused(name, error) from error
+        raise load_error(name, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -513,7 +513,7 @@ def _load(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
 
 def _check_causal(config: Any, name: str | Path) -> None:
     """Raises ``ValueError`` where a configuration tells that the model is not a decoder."""
-    auto = extra("transformers.models.auto.modeling_auto")
+    auto = import_extra("transformers.models.auto.modeling_auto")
     causal, masked = (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -536,7 +536,7 @@ def _tokenizer_text(tokenizer: Any) -> str:
     return json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
 
 
-def _fill(lengths: list[int], budget: int) -> tuple[Tensor, Tensor]:
+def _assign_rows(lengths: list[int], budget: int) -> tuple[Tensor, Tensor]:
     """The row of each text and where it starts there, rows filled one after the other."""
     row, used = 0, 0
     rows, starts = [], []
@@ -549,7 +549,7 @@ def _fill(lengths: list[int], budget: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(starts)
 
 
-def _lay(tokens: Tokens, texts: Tensor, row: Tensor, start: Tensor) -> Rows:
+def _pack(tokens: TokenizedTexts, texts: Tensor, row: Tensor, start: Tensor) -> PackedTexts:
     """Rows with the texts ``[m]`` laid into ``row [m]`` from ``start [m]`` on."""
     lengths = tokens.offsets.diff()[texts]
     shape = (int(row.max()) + 1, int((start + lengths).max()))
@@ -560,7 +560,7 @@ def _lay(tokens: Tokens, texts: Tensor, row: Tensor, start: Tensor) -> Rows:
     ids.view(-1)[where] = tokens.ids[_spans(tokens.offsets[texts], lengths)].long()
     positions.view(-1)[where] = _spans(torch.zeros_like(lengths), lengths)
     segments.view(-1)[where] = torch.arange(len(texts)).repeat_interleave(lengths)
-    return Rows(ids, positions, segments, texts, place + lengths - 1)
+    return PackedTexts(ids, positions, segments, texts, place + lengths - 1)
 
 
 def _spans(starts: Tensor, lengths: Tensor) -> Tensor:

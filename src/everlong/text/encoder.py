@@ -32,7 +32,7 @@ class Encoded:
         return int(self.cut.sum())
 
 
-class ItemEncoder(Protocol):
+class TextEncoder(Protocol):
     """What turns texts into vectors."""
 
     @property

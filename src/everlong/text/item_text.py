@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from everlong.data.items import ItemTable
-from everlong.text.encoder import ItemEncoder
+from everlong.text.encoder import TextEncoder
 from everlong.text.templates import Missing, TextTemplate, item_texts
 from everlong.text.vector_cache import encode_cached
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 def encode_items(
     table: ItemTable,
-    encoder: ItemEncoder,
+    encoder: TextEncoder,
     *,
     columns: Sequence[str] = (),
     template: TextTemplate | str | None = None,

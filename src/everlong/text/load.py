@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from everlong.text.encoder import ItemEncoder
+from everlong.text.encoder import TextEncoder
 
 
-def load_encoder(about: Mapping[str, Any]) -> ItemEncoder:
+def load_encoder(about: Mapping[str, Any]) -> TextEncoder:
     """The encoder that ``describe`` told of.
 
     Args:
@@ -20,7 +20,7 @@ def load_encoder(about: Mapping[str, Any]) -> ItemEncoder:
         ValueError: if it cannot be loaded, or what is there now is another encoder.
     """
     kind, name = about.get("kind"), about.get("name", "")
-    encoder: ItemEncoder
+    encoder: TextEncoder
     if kind == "causal":
         from everlong.text.causal import CausalEncoder, is_saved
 

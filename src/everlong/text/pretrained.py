@@ -49,7 +49,7 @@ def decoder_architecture(name: str | Path) -> dict[str, Any]:
     try:
         found = config(str(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise _not_there(name, error) from error
+        raise _missing_model(name, error) from error
     if found.model_type not in FAMILIES:
         raise ValueError(
             f"{name}: expected a model of the families {', '.join(FAMILIES)}, received "
@@ -102,7 +102,7 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise _not_there(name, error) from error
+        raise _missing_model(name, error) from error
     missing = sorted(key for key in facts["missing_keys"] if "embed_tokens" not in key)
     if missing:
         raise ValueError(
@@ -167,7 +167,7 @@ def _transformers() -> Any:
     return transformers
 
 
-def _not_there(name: str | Path, error: Exception) -> ValueError:
+def _missing_model(name: str | Path, error: Exception) -> ValueError:
     return ValueError(
         f"no model {str(name)!r}: {error}. Expected a folder with config.json and safetensors, or "
         "a name of the Hugging Face hub; files are kept under HF_HOME, and HF_HUB_OFFLINE=1 keeps "

@@ -14,12 +14,12 @@ from everlong.text.encoder import Encoded
 from everlong.text.source import (
     PICKLES,
     check_weights,
-    extra,
     files_digest,
+    import_extra,
+    load_error,
     model_folder,
-    quiet,
     read_json,
-    refused,
+    silence,
 )
 
 CHUNK = 1_024
@@ -112,9 +112,9 @@ def _load(folder: Path, name: str | Path, device: str) -> Any:
             )
         if part.is_dir() and any(path.suffix in PICKLES for path in part.iterdir()):
             check_weights(part, name)
-    transformers = extra("sentence_transformers")
+    transformers = import_extra("sentence_transformers")
     try:
-        with quiet():
+        with silence():
             model = transformers.SentenceTransformer(
                 str(folder),
                 device=device,
@@ -124,5 +124,5 @@ def _load(folder: Path, name: str | Path, device: str) -> Any:
             )
     # configurations, files and tokenizers of others fail in ways of their own
     except Exception as error:
-        raise refused(name, error) from error
+        raise load_error(name, error) from error
     return model.eval()

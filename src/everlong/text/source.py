@@ -32,7 +32,7 @@ TOKENIZERS = (
 """Files of which a tokenizer has at least one."""
 
 
-def extra(module: str) -> Any:
+def import_extra(module: str) -> Any:
     """A module of the extra ``text``.
 
     Raises:
@@ -56,9 +56,9 @@ def model_folder(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.absolute()
-    hub = extra("huggingface_hub")
+    hub = import_extra("huggingface_hub")
     try:
-        with quiet():
+        with silence():
             found: str = hub.snapshot_download(
                 str(name), allow_patterns=list(SAFE_FILES), ignore_patterns=list(OTHER_COPIES)
             )
@@ -112,7 +112,7 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def refused(name: str | Path, error: Exception) -> ValueError:
+def load_error(name: str | Path, error: Exception) -> ValueError:
     """What to raise where ``transformers`` could not load a folder."""
     asks_for_code = "trust_remote_code" in str(error)
     reason = (
@@ -147,9 +147,9 @@ def files_digest(folder: Path, settings: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """No bars and no reports of ``transformers`` and the hub, which tell a user nothing here."""
-    logs, bars = extra("transformers").logging, extra("huggingface_hub.utils")
+    logs, bars = import_extra("transformers").logging, import_extra("huggingface_hub.utils")
     verbosity, had_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()
     logs.disable_progress_bar()

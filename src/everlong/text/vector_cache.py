@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from everlong.system.progress import Progress
-from everlong.text.encoder import Encoded, ItemEncoder
+from everlong.text.encoder import Encoded, TextEncoder
 
 CHUNK = 512
 """Texts that are encoded between two commits."""
@@ -42,14 +42,14 @@ CREATE TABLE IF NOT EXISTS vectors (
 logger = logging.getLogger(__name__)
 
 
-class Found(NamedTuple):
+class CachedVector(NamedTuple):
     """A vector ``[V]`` float32 and whether its text was cut."""
 
     vector: np.ndarray
     cut: bool
 
 
-def encode_cached(encoder: ItemEncoder, texts: Sequence[str], cache: Path | None) -> Encoded:
+def encode_cached(encoder: TextEncoder, texts: Sequence[str], cache: Path | None) -> Encoded:
     """The vectors of ``n`` texts; each different text is encoded once, or found in the cache.
 
     What is encoded is kept chunk by chunk, so that a run that was interrupted goes on.
@@ -81,19 +81,19 @@ def encode_cached(encoder: ItemEncoder, texts: Sequence[str], cache: Path | None
 
 
 def _encoded(
-    encoder: ItemEncoder,
+    encoder: TextEncoder,
     texts: Sequence[str],
     database: sqlite3.Connection | None = None,
     encoder_key: bytes = b"",
-) -> dict[str, Found]:
-    found: dict[str, Found] = {}
+) -> dict[str, CachedVector]:
+    found: dict[str, CachedVector] = {}
     with Progress("encode", len(texts), "texts") as progress:
         for start in range(0, len(texts), CHUNK):
             part = texts[start : start + CHUNK]
             encoded = encoder.encode(part, progress=progress)
             _check(encoded, part, encoder.width)
             new = {
-                text: Found(vector, bool(cut))
+                text: CachedVector(vector, bool(cut))
                 for text, vector, cut in zip(part, encoded.vectors, encoded.cut, strict=True)
             }
             if database is not None:
@@ -153,9 +153,9 @@ def _claim(database: sqlite3.Connection) -> None:
 
 def _look_up(
     database: sqlite3.Connection, encoder_key: bytes, texts: Sequence[str], width: int
-) -> dict[str, Found]:
+) -> dict[str, CachedVector]:
     """What the cache has of the texts, but for rows that are not as they were written."""
-    found: dict[str, Found] = {}
+    found: dict[str, CachedVector] = {}
     damaged = 0
     for start in range(0, len(texts), LOOKUP):
         by_key = {_text_key(text): text for text in texts[start : start + LOOKUP]}
@@ -166,13 +166,13 @@ def _look_up(
             if not whole or checksum != _checksum(encoder_key, key, cut, vector):
                 damaged += 1
                 continue
-            found[by_key[key]] = Found(np.frombuffer(vector, "<f4"), bool(cut))
+            found[by_key[key]] = CachedVector(np.frombuffer(vector, "<f4"), bool(cut))
     if damaged:
         logger.warning("%d vectors of the cache are damaged: encoded again", damaged)
     return found
 
 
-def _keep(database: sqlite3.Connection, encoder_key: bytes, new: dict[str, Found]) -> None:
+def _keep(database: sqlite3.Connection, encoder_key: bytes, new: dict[str, CachedVector]) -> None:
     rows = []
     for text, (vector, cut) in new.items():
         key, data = _text_key(text), np.ascontiguousarray(vector, "<f4").tobytes()
