@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -191,18 +191,22 @@ def copied(source: Path) -> Iterator[Path]:
 
 
 class Server:
-    """``everlong serve`` on a core of its own."""
+    """``everlong serve`` on a core of its own.
 
-    def __init__(self, model: Path, data: Path, *, first: bool) -> None:
+    Args:
+        model: folder of the model.
+        data: folder of the log and the states.
+        first: in real time, before all else on its core.
+        program: arguments of Python in place of ``everlong serve``.
+    """
+
+    def __init__(
+        self, model: Path, data: Path, *, first: bool, program: Sequence[str] | None = None
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        command = [
-            *(sys.executable, "-m", "everlong"),
-            "serve",
-            "--no-verify",
-            str(model),
-        ]
-        command += ["--data-dir", str(data), "--port", str(self.port)]
+        command = [sys.executable, *(program or ("-m", "everlong", "serve", "--no-verify"))]
+        command += [str(model), "--data-dir", str(data), "--port", str(self.port)]
 
         def alone() -> None:
             os.sched_setaffinity(0, {SERVER_CORE})
@@ -261,10 +265,12 @@ class Server:
 
 
 @contextmanager
-def serving(model: Path, data: Path, *, first: bool) -> Iterator[Server]:
+def serving(
+    model: Path, data: Path, *, first: bool, program: Sequence[str] | None = None
+) -> Iterator[Server]:
     """A server that is ready; the generator gets a core of its own."""
     os.sched_setaffinity(0, {GENERATOR_CORE})
-    server = Server(model, data, first=first)
+    server = Server(model, data, first=first, program=program)
     try:
         yield server
     finally:
