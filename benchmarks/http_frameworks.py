@@ -1,7 +1,8 @@
 """What HTTP costs: servers and frameworks side by side on the real engine.
 
+    pip install granian litestar fastapi                            # beside everlong[dev]
     python benchmarks/http_frameworks.py compare                    # all that are installed
-    python benchmarks/http_frameworks.py compare --only rsgi-granian --rounds 1
+    python benchmarks/http_frameworks.py compare --only everlong --only starlette-uvicorn
 
 Every candidate serves ``POST /v1/events`` (one durable event) and ``POST /v1/recommend`` from the
 same engine, and ``POST /echo``, which sends the body back. Each gets the same load: four events to
@@ -15,7 +16,9 @@ in ``everlong`` alone, which is the service as it is.
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.metadata
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable
@@ -28,7 +31,7 @@ import numpy as np
 import torch
 import typer
 
-from everlong.server.engine.deployment import Deployment, Wanted
+from everlong.server.engine.served_model import ServedModel, Wanted
 from everlong.server.engine.service import Service
 from everlong.server.store.log import Event
 from open_loop import Load, arrivals, send, summary
@@ -316,6 +319,7 @@ CANDIDATES: dict[str, tuple[Callable[[Service], Any], Callable[[Any, int, str], 
     "rsgi-granian": (rsgi_app, on_granian),
 }
 NAMES = ["everlong", *CANDIDATES]
+"""``everlong`` is the service with keys, counting and limits."""
 
 
 @app.command()
@@ -329,7 +333,9 @@ def serve(
     torch.set_num_threads(1)
     sys.setswitchinterval(0.001)
     make, run = CANDIDATES[name]
-    service = Service(data_dir, Deployment.read(model))
+    service = Service(data_dir, ServedModel.read(model))
+    gc.collect()
+    gc.freeze()
     try:
         run(make(service), port, name)
     finally:
@@ -343,36 +349,39 @@ def compare(
     rate: Annotated[float, typer.Option(help="Requests per second.")] = 1_000.0,
     seconds: Annotated[float, typer.Option(help="Of the mix, with those not counted.")] = 13.0,
     uncounted: Annotated[float, typer.Option(help="First seconds, not counted.")] = 3.0,
-    write: Annotated[bool, typer.Option(help="Write the record into results.")] = True,
+    record: Annotated[str, typer.Option(help="Name of the record; empty for none.")] = "",
 ) -> None:
     """CPU a request and latencies of every candidate at one rate."""
-    names = only or NAMES
+    names = only or [name for name in NAMES if is_installed(name)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     source, model = states_folder(USERS, ITEMS, HISTORY), model_folder(ITEMS)
     for number in range(rounds):
         for name in names[:: -1 if number % 2 else 1]:
             with copied(source) as data:
-                figures = measured(name, model, data, rate, seconds, uncounted)
-            found[name].append(figures)
-            typer.echo(f"{name}: {figures}", err=True)
-    record = {
+                found[name].append(measured(name, model, data, rate, seconds, uncounted))
+            typer.echo(f"{name}: {found[name][-1]}", err=True)
+    figures = {
         **setting(ITEMS, USERS, HISTORY, False),
         "rate": rate,
         "events_share": SHARE,
         "k": 10,
         "seconds": seconds,
         "uncounted_seconds": uncounted,
-        "packages": {name: importlib.metadata.version(name) for name in installed()},
+        "packages": {name: importlib.metadata.version(name) for name in there()},
         "candidates": found,
     }
-    if write:
-        typer.echo(f"written to {write_result('http_frameworks', record)}")
+    if record:
+        typer.echo(f"written to {write_result(record, figures)}")
 
 
-def installed() -> list[str]:
-    """The packages of ``PACKAGES`` that are there."""
-    there = {dist.metadata["Name"].lower() for dist in importlib.metadata.distributions()}
-    return [name for name in PACKAGES if name in there]
+def is_installed(candidate: str) -> bool:
+    """Whether the packages are there that a candidate is named after."""
+    return not set(PACKAGES).difference(there()) & set(candidate.split("-"))
+
+
+def there() -> list[str]:
+    """The packages of ``PACKAGES`` that are installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name)]
 
 
 def measured(

@@ -153,7 +153,10 @@ def test_a_service_that_is_a_process(
 def test_equals_count_against_the_target_also_where_a_list_ends(example: ModuleType) -> None:
     def listed(*scores: float) -> ListOut:
         return ListOut(
-            items=[ItemOut(item_id=n, score=score) for n, score in enumerate(scores)], model="x"
+            items=[ItemOut(item_id=n, score=score) for n, score in enumerate(scores)],
+            model="x",
+            known=True,
+            stale=False,
         )
 
     assert example.rank_in(listed(3.0, 2.0, 2.0, 1.0), 1, last=9) == 3

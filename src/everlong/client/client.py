@@ -1,16 +1,13 @@
-"""A client of the service, light enough for any program: neither torch nor the models are loaded.
+"""A client of the service for any program: it loads neither torch nor the models.
 
-Requests that fail on the way or are told to wait are made again. That is safe, because two events
-with one id are one event, and because everything else that is made again changes nothing the second
-time.
+A request that is lost on the way, or that the service asks to repeat, is made again. That is safe:
+two events with one id are one event, and every other repeated request changes nothing.
 """
 
 from __future__ import annotations
 
 import email.utils
 import os
-import random
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
@@ -19,9 +16,17 @@ from urllib.parse import quote
 
 try:
     import httpx
+    import msgspec
+    from tenacity import (
+        RetryCallState,
+        Retrying,
+        retry_if_exception_type,
+        retry_if_result,
+        stop_before_delay,
+        wait_random_exponential,
+    )
 except ImportError as error:
-    raise ImportError('the client takes more: pip install "everlong[client]"') from error
-from pydantic import BaseModel, ValidationError
+    raise ImportError('the client needs more: pip install "everlong[client]"') from error
 
 from everlong.server.http.messages import (
     MAX_EVENTS,
@@ -32,40 +37,44 @@ from everlong.server.http.messages import (
     ModelIn,
     ModelOut,
     RankIn,
+    RankOut,
     ReceiptOut,
     RecommendIn,
+    SimilarOut,
     UnavailableIn,
     UnavailableOut,
     UserOut,
 )
 
 KEY = "EVERLONG_KEY"
-"""The environment variable that holds the key where none is given."""
+"""The environment variable of the key, for a client without ``key``."""
 
 MAX_BYTES = 1_000_000
-"""Of events in a call: the service takes a little more."""
+"""Bytes of events in a call: the service accepts a little more."""
 
 AGAIN = frozenset({429, 502, 503, 504})
-"""Statuses that pass: the service has much to do, or something before it does not reach it."""
+"""Statuses of a passing trouble: an overloaded service, or a proxy that cannot reach it."""
 
 LOST = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
-"""What happens to a request on its way."""
+"""Errors of a request on its way."""
 
 UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-"""What happens to it before the service can have seen it."""
+"""Those of a request that the service cannot have received."""
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+JITTER = wait_random_exponential(multiplier=0.1, max=5.0)
+"""Seconds before another try: random, so that clients do not return together."""
 
 Id = int | str
-Answer = TypeVar("Answer", bound=BaseModel)
+Answer = TypeVar("Answer", bound=msgspec.Struct)
+EVENT = msgspec.json.Decoder(EventIn)
 
 
 class ServiceError(RuntimeError):
-    """The service answered, but not with what was asked for.
+    """The service answered with an error.
 
     Attributes:
         status: HTTP status.
-        detail: what the service says was wrong.
+        detail: the reason that the service gives.
     """
 
     def __init__(self, call: str, status: int, detail: str) -> None:
@@ -74,21 +83,21 @@ class ServiceError(RuntimeError):
 
 
 class UnreachableError(ConnectionError):
-    """No answer came from the service, though it was asked again and again."""
+    """No answer from the service within the patience of the client."""
 
 
 class Client:
-    """Talks to a service; may be shared by threads, and is closed by ``close`` or ``with``.
+    """A client of one service; threads may share it. Close it by ``close`` or ``with``.
 
-    Every method raises ``ServiceError`` for an answer that is not what was asked for and
-    ``UnreachableError`` if there is none.
+    Every method raises ``ServiceError`` for an error of the service, ``UnreachableError`` without
+    an answer, and ``ValueError`` for an argument that the service would refuse.
 
     Args:
-        url: where the service is.
+        url: address of the service.
         key: sent as a bearer token; by default the environment variable ``EVERLONG_KEY``, and
-            nothing where it is not set.
+            nothing where that is not set.
         timeout: seconds that one try may wait for the network.
-        patience: seconds from the first try within which a call is made again; 0 for one try.
+        patience: seconds from the first try within which a call is repeated; 0 for one try.
 
     Raises:
         ValueError: if the key cannot be sent in a header.
@@ -104,7 +113,7 @@ class Client:
     ) -> None:
         secret = os.environ.get(KEY, "") if key is None else key
         if not (secret.isascii() and secret.isprintable()):
-            # the key itself is never told
+            # the error does not quote the key
             raise ValueError("key: expected printable ASCII, received other characters")
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
@@ -130,30 +139,31 @@ class Client:
     def send(self, events: Iterable[EventIn | Mapping[str, Any]]) -> list[ReceiptOut]:
         """Sends events in calls of at most 1,000, one after the other, so that order is kept.
 
-        One receipt an event comes back, in order, once all are on the disk of the service: give a
-        stream without end in parts. After an error all of them may be sent again; those that had
-        arrived are known by their ids.
+        Returns one receipt for each event, in order, when all events are durable: send an endless
+        stream in parts. After an error you may send all of them again; the service recognises
+        the stored ones by their ids.
 
         Args:
             events: each with ``user_id``, ``item_id``, ``timestamp`` (Unix seconds), and if
                 possible ``event_id``: without it two events of one user, item and second are one.
 
         Raises:
-            ValueError: if an event is not one; those of the calls before are sent.
+            ValueError: for an event that the service would refuse; the events of earlier calls are
+                stored.
         """
         receipts: list[ReceiptOut] = []
         try:
             for body in _bodies(events):
                 receipts += self._call("POST", "/v1/events", EventsOut, body).receipts
         except Exception as error:
-            error.add_note(f"{len(receipts)} events before these are on the disk of the service")
+            error.add_note(f"{len(receipts)} events before these are stored")
             raise
         return receipts
 
     def erase(self, user_id: Id) -> int:
-        """Erases a user; returns how many events there were.
+        """Erases a user; returns the number of erased events.
 
-        That is 0 where the answer to a first try was lost on the way.
+        That is 0 where the answer to a first try was lost.
         """
         return self._call("DELETE", f"/v1/users/{_part(user_id)}", ErasedOut).events
 
@@ -166,50 +176,56 @@ class Client:
         k: int = 10,
         at: int | None = None,
         filter_seen: bool = True,
-        leave_out: Sequence[Id] = (),
+        exclude: Sequence[Id] = (),
         among: Sequence[Id] | None = None,
         min_offset: int = 0,
     ) -> ListOut:
         """The best items for a user.
 
         Args:
-            user_id: anybody; ``known`` of the answer says whether there are events.
-            k: items, at most 1,000.
+            user_id: any user; ``known`` of the answer tells whether the user has a state.
+            k: number of items, at most 1,000.
             at: time of the request, Unix seconds, for models that use it.
-            filter_seen: leave out what the user has seen.
-            leave_out: items that must not come.
-            among: the only items that may come.
-            min_offset: wait a moment for the state to have this event of the user's shard;
-                ``stale`` of the answer says that it has not.
+            filter_seen: leave out items that the user has seen.
+            exclude: items to leave out.
+            among: the only items that may be listed.
+            min_offset: wait a moment until the state contains this offset of the user's shard;
+                ``stale`` of the answer is true if it does not.
         """
-        asked = RecommendIn(
-            user_id=user_id,
-            k=k,
-            at=at,
-            filter_seen=filter_seen,
-            leave_out=list(leave_out),
-            among=None if among is None else list(among),
-            min_offset=min_offset,
+        body = _body(
+            RecommendIn(
+                user_id=user_id,
+                k=k,
+                at=at,
+                filter_seen=filter_seen,
+                exclude=list(exclude),
+                among=None if among is None else list(among),
+                min_offset=min_offset,
+            )
         )
-        return self._call("POST", "/v1/recommend", ListOut, _body(asked))
+        return self._call("POST", "/v1/recommend", ListOut, body)
 
-    def rank(self, user_id: Id, candidates: Sequence[Id], *, at: int | None = None) -> ListOut:
-        """Candidates in order for a user; those that the model does not know are left out."""
-        asked = RankIn(user_id=user_id, candidates=list(candidates), at=at)
-        return self._call("POST", "/v1/rank", ListOut, _body(asked))
+    def rank(self, user_id: Id, candidates: Sequence[Id], *, at: int | None = None) -> RankOut:
+        """Candidates in order for a user.
 
-    def similar(self, item_id: Id, *, k: int = 10) -> ListOut:
-        """The items nearest to one; ``ServiceError`` 404 if the model does not know it."""
-        return self._call("GET", f"/v1/items/{_part(item_id)}/similar?k={k}", ListOut)
+        Candidates that the catalogue does not contain are left out; ``unknown`` of the answer has
+        their number and the first of them.
+        """
+        body = _body(RankIn(user_id=user_id, candidates=list(candidates), at=at))
+        return self._call("POST", "/v1/rank", RankOut, body)
+
+    def similar(self, item_id: Id, *, k: int = 10) -> SimilarOut:
+        """The items nearest to one; ``ServiceError`` 404 for an item without a vector."""
+        return self._call("GET", f"/v1/items/{_part(item_id)}/similar?k={k}", SimilarOut)
 
     def user(self, user_id: Id) -> UserOut:
-        """What is known of a user; ``ServiceError`` 404 of one who is not."""
+        """The state and the last events of a user; ``ServiceError`` 404 for an unknown user."""
         return self._call("GET", f"/v1/users/{_part(user_id)}", UserOut)
 
     # models
 
     def model(self) -> ModelOut:
-        """The model that answers."""
+        """The live model."""
         return self._call("GET", "/v1/model", ModelOut)
 
     def switch(
@@ -219,31 +235,31 @@ class Client:
 
         Args:
             folder: of the model, on the machine of the service.
-            since: Unix seconds; states of users without an event from then on are built when
-                somebody asks for them.
-            timeout: seconds to wait; after that the service goes on alone, and ``model`` tells.
+            since: Unix seconds; the state of a user without an event at or after this time is
+                built on the first request for that user.
+            timeout: seconds to wait; the service goes on after it, and ``model`` shows the end.
         """
         body = _body(ModelIn(folder=folder, since=since))
         return self._call("POST", "/v1/model", ModelOut, body, once=True, timeout=timeout)
 
     def roll_back(self) -> ModelOut:
-        """Makes the model live again that was live before the last switch.
+        """Makes the previous model live again.
 
-        Done twice it undoes itself, so that it is not tried again once it may have arrived.
+        A second rollback undoes the first, so that it is not repeated once it may have arrived.
         """
         return self._call("POST", "/v1/model/rollback", ModelOut, once=True)
 
     def hide(self, item_ids: Sequence[Id]) -> list[Id]:
-        """Keeps items out of every list from now on, instead of those before; returns them."""
+        """Keeps items out of every list; they replace the earlier ones. Returns them."""
         body = _body(UnavailableIn(item_ids=list(item_ids)))
         return self._call("PUT", "/v1/unavailable", UnavailableOut, body).item_ids
 
     def hidden(self) -> list[Id]:
-        """Items that are kept out of every list."""
+        """Items that no list contains."""
         return self._call("GET", "/v1/unavailable", UnavailableOut).item_ids
 
     def ready(self) -> bool:
-        """Whether requests may come; asked once."""
+        """Whether the service can take requests; asks once."""
         try:
             return self._http.get("/readyz").status_code == 200
         except LOST:
@@ -266,52 +282,77 @@ class Client:
         if not response.is_success:
             raise ServiceError(call, response.status_code, _detail(response))
         try:
-            return answer.model_validate_json(response.content)
-        except ValidationError as error:
+            return msgspec.json.decode(response.content, type=answer)
+        except ValueError as error:
             detail = f"expected {answer.__name__}, received something else: {error}"
             raise ServiceError(call, response.status_code, detail) from None
 
     def _ask(
         self, method: str, path: str, body: bytes | None, once: bool, timeout: float
     ) -> httpx.Response:
-        """The first answer that is no request to wait, or whatever came when patience ends."""
-        began, tries = time.monotonic(), 0
+        """The first answer that does not ask to wait, or the last one when patience ends."""
         headers = {} if body is None else {"Content-Type": "application/json"}
-        while True:
-            asked = 0.0
-            try:
-                response = self._http.request(
-                    method, path, content=body, headers=headers, timeout=timeout
-                )
-                if once or response.status_code not in AGAIN:
-                    return response
-                asked, failed = _retry_after(response), None
-            except LOST as error:
-                if once and not isinstance(error, UNSENT):
-                    raise UnreachableError(
-                        f"{method} {path}: the answer was lost ({error!r}), and it may have been "
-                        "done: look before you ask again"
-                    ) from error
-                failed = error
-            wait = asked + _jittered(tries)
-            tries += 1
-            if time.monotonic() - began + wait > self.patience:
-                if failed is None:
-                    return response
-                raise UnreachableError(
-                    f"{self._http.base_url}: expected an answer, received none in {tries} tries "
-                    f"within {self.patience:g} s ({failed!r}); is the service running there?"
-                ) from failed
-            time.sleep(wait)
+        # a call that must not be done twice is repeated only if it cannot have arrived
+        again = (
+            retry_if_exception_type(UNSENT)
+            if once
+            else retry_if_exception_type(LOST) | retry_if_result(_passes)
+        )
+        retrying = Retrying(
+            retry=again,
+            wait=_wait,
+            stop=stop_before_delay(self.patience),
+            retry_error_callback=self._give_up,
+        )
+        try:
+            found: httpx.Response = retrying(
+                self._http.request, method, path, content=body, headers=headers, timeout=timeout
+            )
+        except LOST as error:
+            raise UnreachableError(
+                f"{method} {path}: the answer was lost ({error!r}), and the call may have been "
+                "done: look before you repeat it"
+            ) from error
+        return found
+
+    def _give_up(self, state: RetryCallState) -> httpx.Response:
+        """The last answer; raises an error where there was none."""
+        outcome = state.outcome
+        if outcome is None or (error := outcome.exception()) is not None:
+            raise UnreachableError(
+                f"{self._http.base_url}: expected an answer, received none in "
+                f"{state.attempt_number} tries within {self.patience:g} s ({error!r}); is the "
+                "service running there?"
+            ) from error
+        found: httpx.Response = outcome.result()
+        return found
+
+
+def _passes(response: httpx.Response) -> bool:
+    return response.status_code in AGAIN
+
+
+def _wait(state: RetryCallState) -> float:
+    """Seconds before the next try: those of ``Retry-After`` and some more."""
+    outcome = state.outcome
+    asked = 0.0 if outcome is None or outcome.failed else _retry_after(outcome.result())
+    return asked + JITTER(state)
 
 
 def _bodies(events: Iterable[EventIn | Mapping[str, Any]]) -> Iterator[bytes]:
-    """Bodies of calls that are small enough."""
+    """Bodies of calls that are small enough.
+
+    Raises:
+        ValueError: for an event that the service would refuse.
+    """
     parts: list[bytes] = []
     size = 0
     for event in events:
-        given = event if isinstance(event, EventIn) else EventIn.model_validate(event)
-        part = given.model_dump_json(exclude_defaults=True).encode()
+        try:
+            part = msgspec.json.encode(event if isinstance(event, EventIn) else dict(event))
+        except TypeError as error:
+            raise ValueError(f"expected an event that JSON can hold: {error}") from None
+        EVENT.decode(part)
         if len(parts) == MAX_EVENTS or (parts and size + len(part) > MAX_BYTES):
             yield b'{"events":[' + b",".join(parts) + b"]}"
             parts, size = [], 0
@@ -321,23 +362,25 @@ def _bodies(events: Iterable[EventIn | Mapping[str, Any]]) -> Iterator[bytes]:
         yield b'{"events":[' + b",".join(parts) + b"]}"
 
 
-def _body(message: BaseModel) -> bytes:
-    return message.model_dump_json(exclude_defaults=True).encode()
+def _body(message: msgspec.Struct) -> bytes:
+    """A message as JSON.
+
+    Raises:
+        ValueError: if the service would refuse it; msgspec checks bounds when it decodes.
+    """
+    body = msgspec.json.encode(message)
+    msgspec.json.decode(body, type=type(message))
+    return body
 
 
 def _part(given: Id) -> str:
-    """An id as a part of a path, whatever is in it."""
-    # dots alone would be read as a way up the path
+    """An id as a part of a path."""
+    # a part of dots alone means the parent folder
     return quote(str(given), safe="").replace(".", "%2E")
 
 
-def _jittered(tries: int) -> float:
-    """Seconds to wait: longer each time, and never the same as others do."""
-    return random.uniform(0.0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**tries))  # noqa: S311
-
-
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the service asks to be left alone."""
+    """Seconds of the header ``Retry-After``, or until its date."""
     said = response.headers.get("Retry-After", "")
     try:
         return max(0.0, float(said))
@@ -353,7 +396,7 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 def _detail(response: httpx.Response) -> str:
-    """What an answer says was wrong."""
+    """The reason in an error of the service."""
     try:
         return str(response.json()["detail"])[:2_000]
     except (ValueError, KeyError, TypeError):

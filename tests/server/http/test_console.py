@@ -5,32 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 pytest.importorskip("selenium")
 import httpx
-import uvicorn
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as Driver
 from selenium.webdriver.common.keys import Keys as Press
 from selenium.webdriver.support.ui import WebDriverWait
 from tests.server_models import walk
+from tests.server_running import running
 
 import everlong
 from everlong.data.split import PAPER
 from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
-from everlong.server.http.app import make_app
 from everlong.server.http.console import FILES, HEADERS, PAGES
 from everlong.server.http.keys import Keys
 
@@ -51,29 +47,10 @@ def folder(models: list[Path]) -> Path:
     return models[0]
 
 
-@contextmanager
-def serving(service: Service, keys: Keys | None = None) -> Iterator[str]:
-    """The address of a server that runs in a thread."""
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(service, keys), port=0, log_level="warning", lifespan="on")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def address(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     data = tmp_path_factory.mktemp("data")
-    with serving(Service(data, ServedModel.read(folder), shards=2)) as found:
+    with running(Service(data, ServedModel.read(folder), shards=2)) as found:
         yield found
 
 
@@ -185,12 +162,24 @@ def test_pages_come_with_strict_headers(address: str, path: str) -> None:
 
 
 def test_files_hold_no_markup_from_text_and_nothing_from_elsewhere() -> None:
-    assert {file.name for file in FILES.iterdir()} == set(PAGES.values())
-    for file in FILES.iterdir():
-        text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
-        assert not re.search(r"https?://|\burl\(|@import", text), file.name
+    own = {name for name in PAGES.values() if "/" not in name}
+    assert {file.name for file in FILES.iterdir() if file.is_file()} == own
+    for name in own:
+        text = (FILES / name).read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"https?://|\burl\(|@import", text), name
         assert not re.search(r"(inner|outer)HTML|insertAdjacent|document\.write|eval\(", text)
-        assert not re.search(r"<script(?! type=\"module\" src=)|<style|\son\w+=|\sstyle=", text)
+        assert not re.search(
+            r"<script(?! (type=\"module\"|defer) src=)|<style|\son\w+=|\sstyle=", text
+        )
+
+
+def test_the_viewer_is_the_published_one_with_its_licence() -> None:
+    files = {file.name: file.read_bytes() for file in (FILES / "swagger-ui").iterdir()}
+    digests = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in files.items()}
+    assert digests["swagger-ui-bundle.js"] == "e6a898692f2d768e"
+    assert digests["swagger-ui.css"] == "5ed08757e53da3e0"
+    assert b"Apache License" in files["LICENSE"]
+    assert {"NOTICE", "swagger-ui-bundle.js.LICENSE.txt"} <= set(files)
 
 
 @pytest.mark.browser
@@ -358,7 +347,7 @@ def test_keys(page: Page, folder: Path, tmp_path: Path) -> None:
         page.press(key, Press.ENTER)
 
     service = Service(tmp_path / "data", ServedModel.read(folder))
-    with serving(service, Keys.read(path)) as address:
+    with running(service, Keys.read(path)) as address:
         page.open(f"{address}/?user=ann")
         page.error("401 · GET /v1/users", "expected a key")
         page.until(lambda: page.texts(".lamp") == ["live", "ready"])
@@ -371,7 +360,7 @@ def test_keys(page: Page, folder: Path, tmp_path: Path) -> None:
         assert page.run("localStorage.length + document.cookie.length") == 0
         page.tab_to("item")
         page.press("i01", Press.ENTER)
-        page.error("403 · POST /v1/events", "expected scope ingest")
+        page.error("403 · POST /v1/events", "expected a key with scope ingest")
         give("all")
         page.until(lambda: page.text("#error") == "")
         page.tab_to("item")
@@ -402,7 +391,7 @@ def test_numbers_stay_whole(page: Page, tmp_path: Path) -> None:
     found.save(tmp_path / "model")
     service = Service(tmp_path / "data", ServedModel.read(tmp_path / "model"))
     user = 2**60 + 1
-    with serving(service) as address:
+    with running(service) as address:
         page.open(f"{address}/?user={user}")
         page.said("is not known")
         for turn in range(2):
@@ -425,34 +414,73 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(page: Page, address: str, p
         {"width": 360, "height": 800, "deviceScaleFactor": 1, "mobile": True},
     )
     page.open(f"{address}{path}?user={user}")
-    page.until(lambda: bool(page.ranked() or page.texts(".route")))
+    page.until(lambda: bool(page.ranked() or page.texts(".opblock")))
     assert page.run("document.scrollingElement.scrollWidth") == 360
+
+
+def example(schema: dict[str, Any], schemas: dict[str, Any]) -> Any:
+    """A value that a schema describes: its example, its default, or the least that it allows."""
+    if "$ref" in schema:
+        return example(schemas[schema["$ref"].rpartition("/")[2]], schemas)
+    if "examples" in schema:
+        return schema["examples"][0]
+    if "default" in schema:
+        return schema["default"]
+    if schema["type"] == "array":
+        return [example(schema["items"], schemas)]
+    assert schema["type"] == "object", schema
+    required = schema.get("required", [])
+    return {name: example(schema["properties"][name], schemas) for name in required}
+
+
+def test_examples_of_the_description_work(address: str) -> None:
+    described = httpx.get(f"{address}/openapi.json").json()
+    schemas, statuses = described["components"]["schemas"], {}
+    values = {"user_id": "ann", "item_id": "tea"}
+    for path, methods in described["paths"].items():
+        for method, operation in methods.items():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+            content = None if body is None else example(body["schema"], schemas)
+            url = address + path.format_map(values)
+            answer = httpx.request(method.upper(), url, json=content)
+            statuses[f"{method} {path}"] = answer.status_code
+    # neither the item nor the folder nor a model before it exists here
+    missing = {
+        "get /v1/items/{item_id}/similar": 404,
+        "post /v1/model": 422,
+        "post /v1/model/rollback": 404,
+    }
+    refused = {route: status for route, status in statuses.items() if status != 200}
+    erased = refused.pop("get /v1/users/{user_id}", 200)
+    assert refused == missing
+    assert erased in (200, 404)
 
 
 @pytest.mark.browser
 @needs_browser
-def test_examples_of_the_routes_work(page: Page, address: str) -> None:
+def test_the_page_of_routes_shows_and_calls_them(page: Page, address: str) -> None:
     page.open(f"{address}/docs")
     paths = httpx.get(f"{address}/openapi.json").json()["paths"]
-    routes = [f"{method.upper()}{path}" for path, some in paths.items() for method in some]
-    page.until(lambda: [one.replace("\n", "") for one in page.texts(".route h2")] == routes)
-    assert [one.replace("\n", "") for one in page.texts("#contents a")] == routes
-    answers = {}
-    for route, example in zip(routes, page.texts(".route pre"), strict=True):
-        words = shlex.split(example.replace("\\\n", ""))
-        url = next(word for word in words if word.startswith(address))
-        body = words[words.index("-d") + 1] if "-d" in words else None
-        headers = {"Content-Type": "application/json"} if body else {}
-        method = words[words.index("-X") + 1] if "-X" in words else "GET"
-        answers[route] = httpx.request(method, url, content=body, headers=headers).status_code
-    # neither the item nor the folder nor a model before it exists here
-    missing = {
-        "GET/v1/items/{item_id}/similar": 404,
-        "POST/v1/model": 422,
-        "POST/v1/model/rollback": 404,
-    }
-    refused = {route: status for route, status in answers.items() if status != 200}
-    erased = refused.pop("GET/v1/users/{user_id}", 200)
-    assert refused == missing
-    assert erased in (200, 404)
+    routes = {f"{method.upper()} {path}" for path, some in paths.items() for method in some}
+
+    def shown() -> set[str]:
+        methods, paths = page.texts(".opblock-summary-method"), page.texts(".opblock-summary-path")
+        # the page allows a line to break within a path
+        return {
+            f"{method} {re.sub('[^!-~]', '', path)}"
+            for method, path in zip(methods, paths, strict=True)
+        }
+
+    page.until(lambda: shown() == routes)
+    card = "document.querySelector('#operations-recommend-recommend')"
+    page.run(f"{card}.querySelector('.opblock-summary-control').click()")
+    page.until(lambda: page.run(f"{card}.querySelector('.try-out__btn') !== null"))
+    page.run(f"{card}.querySelector('.try-out__btn').click()")
+    page.until(lambda: page.run(f"{card}.querySelector('.execute') !== null"))
+    page.run(f"{card}.querySelector('.execute').click()")
+    page.until(lambda: "200" in page.text(".live-responses-table .response .response-col_status"))
+    assert '"known"' in page.text(".live-responses-table .response .response-col_description")
     assert page.console() == []
+    asked = page.asked()
+    assert f"{address}/v1/recommend" in asked
+    assert all(url.startswith((f"{address}/", "data:image/svg")) for url in asked)

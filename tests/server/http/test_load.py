@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 if not hasattr(os, "sched_setaffinity"):
     pytest.skip("cores cannot be chosen here", allow_module_level=True)
 from everlong.server.store.log import LogReader

@@ -9,7 +9,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,19 +17,19 @@ from typing import Any
 import polars as pl
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 pytest.importorskip("schemathesis")
 import httpx
-import uvicorn
 from tests.forms import forms
 from tests.server_models import walk
+from tests.server_running import running
 
 import everlong
 from everlong.data.split import PAPER
 from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
-from everlong.server.http.app import MAX_BODY, make_app
 from everlong.server.http.keys import Key, Keys
+from everlong.server.http.limits import MAX_BODY
 
 SECRET = "open sesame"
 AUTHORIZED = {"Authorization": f"Bearer {SECRET}"}
@@ -57,15 +56,8 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     service = Service(folder / "data", ServedModel.read(folder / "model"), shards=2)
     digest = hashlib.sha256(SECRET.encode()).hexdigest()
     key = Key(name="all", sha256=digest, scopes=frozenset({"ingest", "read", "admin"}))
-    config = uvicorn.Config(make_app(service, Keys([key])), port=0, log_level="critical")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    with running(service, Keys([key])) as found:
+        yield found
 
 
 @pytest.fixture

@@ -1,33 +1,31 @@
-"""API keys: kept as hashes, compared in constant time, each with what it may do."""
+"""API keys: stored as hashes, compared in constant time, each with its scopes."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+import msgspec
+from msgspec import Meta, Struct
 
 Scope = Literal["ingest", "read", "admin"]
 
 
-class Key(BaseModel):
-    """A key that is known by its SHA-256 (hex), and what it may do."""
+class Key(Struct, forbid_unknown_fields=True, frozen=True):
+    """A key: the SHA-256 (hex) of its secret, and its scopes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str = Field(min_length=1, max_length=64)
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    scopes: frozenset[Scope] = Field(min_length=1)
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    scopes: Annotated[frozenset[Scope], Meta(min_length=1)]
 
 
 class Keys:
     """All keys of a service; without any, everything is allowed.
 
-    Two keys of one name may live side by side while one takes the place of the other.
+    Two keys may have one name while one replaces the other.
     """
 
     def __init__(self, keys: Sequence[Key] = ()) -> None:
@@ -41,12 +39,12 @@ class Keys:
         """Keys from a JSON file: a list of ``{"name", "sha256", "scopes"}``.
 
         Raises:
-            ValueError: if the file does not hold such a list; its content is not told.
+            ValueError: if the file does not hold such a list; the error does not quote the file.
         """
         try:
-            found = TypeAdapter(list[Key]).validate_python(json.loads(path.read_text("utf-8")))
-        except (OSError, ValueError, ValidationError) as error:
-            # nothing of what is in the file: it may hold a secret by mistake
+            found = msgspec.json.decode(path.read_bytes(), type=list[Key])
+        except (OSError, ValueError) as error:
+            # the file may hold a secret by mistake, so the error quotes nothing of it
             raise ValueError(
                 f"{path}: expected a JSON list of keys with name, sha256 and scopes (ingest, read, "
                 f"admin), received something else ({type(error).__name__})"
@@ -56,11 +54,11 @@ class Keys:
         return cls(found)
 
     def allow(self, secret: str | None, scope: Scope) -> bool | None:
-        """Whether a secret may do something; None if it is not known at all."""
+        """Whether a secret has a scope; None for a secret of no key."""
         if not self._keys:
             return True
         given = hashlib.sha256((secret or "").encode()).hexdigest()
-        # all are compared, whichever fits, so that time tells nothing
+        # compare with every key, so that the time does not depend on which one matches
         matching = [key for key in self._keys if hmac.compare_digest(key.sha256, given)]
         if not matching:
             return None

@@ -1,189 +1,244 @@
-"""What comes in and goes out over HTTP, with its bounds."""
+"""The messages of the HTTP API, with their bounds.
+
+msgspec checks types and bounds while it parses, and describes the messages for OpenAPI.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictBool, StrictInt, StrictStr
+from msgspec import Meta, Struct
 
 MAX_EVENTS, MAX_K, MAX_CANDIDATES, MAX_ID = 1_000, 1_000, 5_000, 128
 MAX_INT = 1 << 62
 MAX_UNAVAILABLE = 50_000
+MAX_UNKNOWN = 20
+"""Unknown candidates that the answer to a ranking names."""
+
 LATEST = 1 << 40
-"""Largest time that is taken, in seconds: far beyond any clock, far below what overflows."""
+"""Largest accepted time in seconds: far beyond any clock, far below what overflows."""
 
-Id = Annotated[
-    Annotated[StrictInt, Field(ge=-MAX_INT, le=MAX_INT)]
-    | Annotated[StrictStr, Field(min_length=1, max_length=MAX_ID)],
-    Field(description="an integer or a text, of the kind that the log of the model has"),
+MAX_FIELD = 1 << 53
+"""Largest integer in ``fields``, the largest that a float holds exactly."""
+
+Text = Annotated[str, Meta(min_length=1, max_length=MAX_ID)]
+Id = Annotated[int, Meta(ge=-MAX_INT, le=MAX_INT)] | Text
+UserId = Annotated[
+    Id,
+    Meta(description="integer or text, as in the log of the model", examples=["ann"]),
 ]
-Time = Annotated[StrictInt, Field(ge=0, le=LATEST, description="Unix seconds")]
-Places = Annotated[StrictInt, Field(ge=1, le=MAX_K)]
-Ids = Annotated[list[Id], Field(max_length=MAX_CANDIDATES)]
+ItemId = Annotated[
+    Id,
+    Meta(description="integer or text, as in the log of the model", examples=["tea"]),
+]
+Time = Annotated[int, Meta(ge=0, le=LATEST, description="Unix seconds", examples=[1_700_000_000])]
+ItemIds = Annotated[list[ItemId], Meta(max_length=MAX_CANDIDATES)]
+Number = Annotated[int, Meta(ge=-MAX_FIELD, le=MAX_FIELD)] | float
 
 
-class Message(BaseModel):
-    """No field but those that are named."""
-
-    model_config = ConfigDict(extra="forbid")
+class Request(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A message to the service: a field that has no name here is refused."""
 
 
-class EventIn(Message):
-    """Something that a user did."""
+class EventIn(Request):
+    """One action of a user."""
 
-    user_id: Id
-    item_id: Id
+    user_id: UserId
+    item_id: ItemId
     timestamp: Time
     event_id: Annotated[
-        StrictStr,
-        Field(
+        str,
+        Meta(
             max_length=MAX_ID,
-            description="two events with one id are one, delivered twice; without it user, item "
-            "and time are the id",
+            description="two events with one id are one event, delivered twice; without an id, "
+            "user, item and time identify the event",
         ),
     ] = ""
     fields: Annotated[
-        dict[
-            Annotated[str, Field(max_length=MAX_ID)],
-            Annotated[StrictInt, Field(ge=-(1 << 53), le=1 << 53)] | FiniteFloat,
-        ],
-        Field(default_factory=dict, max_length=32),
-    ]
+        dict[Annotated[str, Meta(max_length=MAX_ID)], Number],
+        Meta(max_length=32, description="further fields that the model reads"),
+    ] = {}
 
 
-class EventsIn(Message):
-    """Events of any users, each user's in their order."""
+class EventsIn(Request):
+    """Events of any users; those of one user in their order."""
 
-    events: Annotated[list[EventIn], Field(min_length=1, max_length=MAX_EVENTS)]
+    events: Annotated[list[EventIn], Meta(min_length=1, max_length=MAX_EVENTS)]
 
 
-class ReceiptOut(Message):
-    """What became of an event: it is on disk, and in the state of its user."""
+class ReceiptOut(Struct):
+    """Where an event is stored. It is durable and applied to the state of its user."""
 
     shard: int
-    offset: Annotated[int, Field(description="its place in the log of the shard; 0 if erased")]
-    new: Annotated[bool, Field(description="false if it had been delivered before")]
+    offset: Annotated[int, Meta(description="position in the log of the shard; 0 if erased")]
+    new: Annotated[bool, Meta(description="false for an event that was delivered before")]
 
 
-class EventsOut(Message):
-    """One receipt an event, in the order of the request."""
+class EventsOut(Struct):
+    """One receipt for each event, in the order of the request."""
 
     receipts: list[ReceiptOut]
 
 
-class RecommendIn(Message):
-    """Who wants how many items."""
+class RecommendIn(Request):
+    """A request for the best items for a user."""
 
-    user_id: Id
-    k: Places = 10
-    at: Annotated[Time | None, Field(description="time of the request, Unix seconds")] = None
-    filter_seen: StrictBool = True
-    leave_out: Ids = []
-    among: Annotated[Ids | None, Field(description="the only items that may come")] = None
+    user_id: UserId
+    k: Annotated[int, Meta(ge=1, le=MAX_K, description="number of items")] = 10
+    at: Annotated[
+        Time | None, Meta(description="time of the request; without it that of the last event")
+    ] = None
+    filter_seen: Annotated[bool, Meta(description="leave out items that the user has seen")] = True
+    exclude: Annotated[ItemIds, Meta(description="items to leave out")] = []
+    among: Annotated[ItemIds | None, Meta(description="the only items that may be listed")] = None
     min_offset: Annotated[
-        StrictInt,
-        Field(ge=0, description="wait a moment for the state to have this event of the shard"),
+        int,
+        Meta(
+            ge=0,
+            le=MAX_INT,
+            description="wait a moment until the state contains this offset of the user's shard",
+        ),
     ] = 0
 
 
-class RankIn(Message):
-    """Candidates to be put in order for a user."""
+class RankIn(Request):
+    """Candidates to sort for a user."""
 
-    user_id: Id
-    candidates: Annotated[Ids, Field(min_length=1)]
-    at: Time | None = None
+    user_id: UserId
+    candidates: Annotated[list[ItemId], Meta(min_length=1, max_length=MAX_CANDIDATES)]
+    at: Annotated[
+        Time | None, Meta(description="time of the request; without it that of the last event")
+    ] = None
 
 
-class ItemOut(Message):
+class SimilarIn(Request):
+    """Parameters of a request for the items nearest to one."""
+
+    k: Annotated[int, Meta(ge=1, le=MAX_K, description="number of items")] = 10
+
+
+class ItemOut(Struct):
     """An item and its score."""
 
     item_id: Id
     score: float
 
 
-class ListOut(Message):
+class ListOut(Struct):
     """Items, best first."""
 
     items: list[ItemOut]
-    model: Annotated[str, Field(description="digest of the model that answered")]
-    known: Annotated[bool, Field(description="whether the user has a state")] = True
-    stale: Annotated[bool, Field(description="the state lacks events up to min_offset")] = False
+    model: Annotated[str, Meta(description="digest of the model that answered")]
+    known: Annotated[bool, Meta(description="whether the user has a state")]
+    stale: Annotated[bool, Meta(description="true if the state lacks events up to min_offset")]
 
 
-class UserOut(Message):
-    """What is known of a user."""
+class UnknownOut(Struct):
+    """Candidates that the catalogue does not contain."""
 
-    user_id: Id
-    shard: int
-    events: int
-    last_offset: int
-    newest: Annotated[int, Field(description="time of the newest event, Unix seconds")]
-    state_bytes: int
-    history: Annotated[list[EventOut], Field(description="the last events, newest first")]
+    count: int
+    item_ids: Annotated[
+        list[Id], Meta(max_length=MAX_UNKNOWN, description=f"the first {MAX_UNKNOWN} of them")
+    ]
 
 
-class EventOut(Message):
+class RankOut(Struct):
+    """Candidates of the catalogue, best first."""
+
+    items: list[ItemOut]
+    model: Annotated[str, Meta(description="digest of the model that answered")]
+    known: Annotated[bool, Meta(description="whether the user has a state")]
+    unknown: UnknownOut
+
+
+class SimilarOut(Struct):
+    """Items, nearest first."""
+
+    items: list[ItemOut]
+    model: Annotated[str, Meta(description="digest of the model that answered")]
+
+
+class EventOut(Struct):
     """An event of the log."""
 
     offset: int
     item_id: Id
     timestamp: int
     fields: dict[str, int | float]
-    known: Annotated[bool, Field(description="whether the item is in the catalogue")]
+    known: Annotated[bool, Meta(description="whether the catalogue contains the item")]
 
 
-class ErasedOut(Message):
-    """How many events of a user there were; they are overwritten."""
+class UserOut(Struct):
+    """The state of a user, and the last events."""
+
+    user_id: Id
+    shard: int
+    events: int
+    last_offset: int
+    newest: Annotated[int, Meta(description="time of the newest event, Unix seconds")]
+    state_bytes: int
+    history: Annotated[list[EventOut], Meta(description="the last events, newest first")]
+
+
+class ErasedOut(Struct):
+    """The number of events of a user that were overwritten."""
 
     events: int
 
 
-class ModelIn(Message):
+class ModelIn(Request):
     """A model folder on the machine of the service."""
 
-    folder: Annotated[StrictStr, Field(min_length=1, max_length=4_096, pattern="^[^\\x00]+$")]
+    folder: Annotated[
+        str,
+        Meta(min_length=1, max_length=4_096, pattern="^[^\\x00]+$", examples=["/models/next"]),
+    ]
     since: Annotated[
         Time | None,
-        Field(
-            description="states of users without an event at or after this time are built when "
-            "somebody asks for them"
+        Meta(
+            description="the state of a user without an event at or after this time is built on "
+            "the first request for that user"
         ),
     ] = None
 
 
-class ModelOut(Message):
-    """The model that answers."""
+class ModelOut(Struct):
+    """The live model."""
 
     name: str
     digest: str
     items: int
     users: int
     bytes_per_user: int
-    user_type: Annotated[str, Field(description="integer or text")]
-    item_type: Annotated[str, Field(description="integer or text")]
+    user_type: Annotated[str, Meta(description="integer or text")]
+    item_type: Annotated[str, Meta(description="integer or text")]
     event_fields: Annotated[
-        dict[str, int], Field(description="fields of events that the model reads; codes of each")
+        dict[str, int], Meta(description="fields of events that the model reads; codes of each")
     ]
-    exact: Annotated[bool, Field(description="lists are exact; else an index finds the items")]
-    previous: Annotated[str | None, Field(description="digest of the model before it")] = None
-    recall: Annotated[
-        float | None, Field(description="share of the best 100 that the index finds")
-    ] = None
+    exact: Annotated[bool, Meta(description="whether lists are exact; else an index finds them")]
+    previous: Annotated[str | None, Meta(description="digest of the previous model")]
+    recall: Annotated[float | None, Meta(description="share of the best 100 that the index finds")]
 
 
-class UnavailableIn(Message):
-    """Items that are not to be recommended."""
+class UnavailableIn(Request):
+    """Items that no list may contain; they replace the earlier ones."""
 
-    item_ids: Annotated[list[Id], Field(max_length=MAX_UNAVAILABLE, examples=[["tea"]])]
+    item_ids: Annotated[list[ItemId], Meta(max_length=MAX_UNAVAILABLE, examples=[["tea"]])]
 
 
-class UnavailableOut(Message):
-    """Items that are not recommended."""
+class UnavailableOut(Struct):
+    """Items that no list contains."""
 
     item_ids: list[Id]
 
 
-class ErrorOut(BaseModel):
+class StatusOut(Struct):
+    """The answer to a probe."""
+
+    status: str
+
+
+class ErrorOut(Struct):
     """What was wrong, and what to do."""
 
     detail: str

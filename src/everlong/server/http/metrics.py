@@ -1,13 +1,15 @@
-"""What the service tells of itself, for Prometheus; never an id of a user or an item."""
+"""Metrics for Prometheus: requests by route, and the shards; never an id of a user or an item."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from everlong.server.engine.service import Service
 
@@ -15,7 +17,7 @@ SECONDS = (0.001, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2
 
 
 class Metrics:
-    """Counters of requests, and a look at the shards whenever somebody asks."""
+    """Counters of requests; the shards are read at each scrape."""
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
@@ -31,7 +33,7 @@ class Metrics:
         )
         self.registry.register(_Shards(service))
 
-        # to find a child by its labels takes longer than to count
+        # finding a child by its labels takes longer than counting
         self._child = cache(lambda route: self._seconds.labels(route))
         self._counter = cache(lambda route, status: self._requests.labels(route, status))
 
@@ -39,6 +41,31 @@ class Metrics:
         """Counts a request."""
         self._child(route).observe(seconds)
         self._counter(route, status).inc()
+
+
+class Counting:
+    """Counts requests and their times by route, never by what they contain."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        finally:
+            name = getattr(scope.get("route"), "path", "other")
+            self.metrics.observe(name, status, time.perf_counter() - began)
 
 
 class _Shards(Collector):
