@@ -17,7 +17,7 @@ from everlong.data.ids import IdMap
 from everlong.data.items import ItemTable, read_items
 from everlong.models.batch import Batch
 from everlong.models.item_vectors import ItemConfig, ItemVectors, item_vectors, with_more_items
-from everlong.models.registry import BUILTIN, config_class, load_model_class
+from everlong.models.registry import built_in_names, config_class, load_model_class
 from everlong.models.user_model import UserModel
 from everlong.testing import check_model
 from everlong.training.losses import full_softmax
@@ -25,7 +25,7 @@ from everlong.training.losses import full_softmax
 ITEMS, WIDTH = 9, 5
 TAKES_VECTORS = [
     name
-    for name in BUILTIN
+    for name in built_in_names("next_item")
     if "vectors" in config_class(load_model_class(name)).__dataclass_fields__
 ]
 SMALL: dict[str, dict[str, Any]] = {

@@ -120,7 +120,7 @@ def test_bad_input_is_named(
     events = read_events(log, fields=FIELDS, time_unit="s")
     with pytest.raises(ValueError, match="has a ranker already"):
         everlong.fit_ranker(both, events)
-    with pytest.raises(ValueError, match="unknown ranker 'din': expected one of ifa"):
+    with pytest.raises(ValueError, match="unknown model 'din': Valid names: ifa"):
         everlong.fit_ranker(retriever, events, "din")
     with pytest.raises(ValueError, match="expected events with a field 'click'"):
         everlong.fit_ranker(retriever, events, label="click")

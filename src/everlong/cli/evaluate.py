@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from everlong.cli.options import (
+    Allow,
     Device,
     ItemColumn,
     Json,
@@ -36,12 +37,13 @@ def evaluate(
     item_id: ItemColumn = "item_id",
     timestamp: TimeColumn = "timestamp",
     device: Device = "cpu",
+    allow: Allow = None,
     to: Json = None,
 ) -> None:
     """Measures a model on a held-out part of the log that it was trained on."""
     from everlong.evaluation.report import metrics_text
 
-    recommender = load_model(model, device)
+    recommender = load_model(model, device, allow)
     data = recommender.origin.data
     events = open_log(log, user_id, item_id, timestamp, data["ties"], data["ties_seed"])
     result = recommender.evaluate(events, part=part.value).as_dict()

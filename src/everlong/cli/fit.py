@@ -17,6 +17,7 @@ from everlong.cli.options import (
     TimeColumn,
     UserColumn,
     open_log,
+    own_models,
     pairs,
 )
 
@@ -30,7 +31,9 @@ def fit(
     out: Annotated[
         Path, typer.Option(help="The model folder; checkpoints go to a folder beside it, OUT.run.")
     ],
-    model: Annotated[str, typer.Option(help="A built-in model.")] = "lru",
+    model: Annotated[
+        str, typer.Option(help="A built-in model, or one of your own: package.module:Class.")
+    ] = "lru",
     protocol: Annotated[
         str | None, typer.Option(help="paper or temporal; by default as the log allows.")
     ] = None,
@@ -69,7 +72,7 @@ def fit(
 
     run_fit(
         FitPlan(
-            model=model,
+            model=own_models([model])[0],
             out=out,
             protocol=protocol,
             split=pairs("--split", split),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -33,6 +34,12 @@ TimeColumn = Annotated[
 ]
 TieRule = Annotated[Ties, typer.Option("--ties", help="Order of events of one user at one time.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A model of your own that the folder may be of, package.module:Class; may be repeated."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 
 
@@ -81,7 +88,15 @@ def open_log(
     )
 
 
-def load_model(folder: Path, device: str) -> Recommender:
+def load_model(folder: Path, device: str, allow: Sequence[str] | None) -> Recommender:
     from everlong.recommender.recommender import load
 
-    return load(folder, device=device)
+    return load(folder, models=own_models(allow), device=device)
+
+
+def own_models(names: Sequence[str] | None) -> Sequence[str]:
+    """Models that the command line names; import paths are also looked for where it runs."""
+    here = str(Path.cwd())
+    if any(":" in name for name in names or ()) and here not in sys.path:
+        sys.path.insert(0, here)
+    return names or ()

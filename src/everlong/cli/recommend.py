@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from everlong.cli.options import Device, Json, ModelDir, load_model, write_json
+from everlong.cli.options import Allow, Device, Json, ModelDir, load_model, write_json
 
 
 def recommend(
@@ -20,12 +20,13 @@ def recommend(
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Seen items may come.")] = False,
     device: Device = "cpu",
+    allow: Allow = None,
     to: Json = None,
 ) -> None:
     """Prints the best items for known users, or for histories given here."""
     if bool(user) == bool(history):
         raise ValueError("expected either --user or --history, at least one of one kind")
-    recommender = load_model(model, device)
+    recommender = load_model(model, device, allow)
     if user:
         frame = recommender.recommend(
             recommender.user_ids_from_text(user), k=k, filter_seen=not keep_seen

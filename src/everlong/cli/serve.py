@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from everlong.cli.options import ModelDir
+from everlong.cli.options import Allow, ModelDir, own_models
 
 
 def serve(
@@ -27,10 +27,15 @@ def serve(
     verify: Annotated[
         bool, typer.Option(help="Whether another process reads the whole log after the start.")
     ] = True,
+    allow: Allow = None,
 ) -> None:
     """Takes events and answers requests over HTTP until it is stopped."""
+    from everlong.models.registry import load_model_class
     from everlong.server.http.run import run_service
 
+    # also for model folders that the service is given later
+    for name in own_models(allow):
+        load_model_class(name, None)
     run_service(
         model,
         data_dir,

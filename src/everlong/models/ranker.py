@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional
 from everlong.models import state as states
 from everlong.models.batch import Batch, RequestBatch
 from everlong.models.state import S
-from everlong.models.user_model import UserModel
+from everlong.models.user_model import Task, UserModel
 from everlong.ops import newest
 from everlong.ops.dropout import Dropout
 from everlong.ops.sets import Sets
@@ -85,6 +85,8 @@ class Ranker(UserModel[S]):
     ``score`` takes the candidates of a user as one set; the whole catalogue is one, too. The order
     of candidates does not matter, and one that is there twice counts twice.
     """
+
+    task: ClassVar[Task] = "rank"
 
     def __init__(self, config: RankerConfig) -> None:
         super().__init__(config.num_items)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everlong.models.batch import Batch
 from everlong.models.ranker import Ranker
-from everlong.models.registry import config_class, load_model_class, load_ranker_class
+from everlong.models.registry import config_class, stored_model_class
 from everlong.models.state import State, field_names
 from everlong.models.user_model import ItemEmbeddings, UserModel
 from everlong.system.settings import load_settings
@@ -50,7 +50,8 @@ class TwoStage(UserModel):
     def __init__(self, config: TwoStageConfig) -> None:
         super().__init__(config.num_items)
         self.config = config
-        retriever, ranker = load_model_class(config.retriever), load_ranker_class(config.ranker)
+        retriever = stored_model_class(config.retriever)
+        ranker = stored_model_class(config.ranker, "rank")
         items = {"num_items": config.num_items}
         settings = load_settings(config_class(retriever), {**config.retriever_settings, **items})
         self.retriever: UserModel = retriever(settings)

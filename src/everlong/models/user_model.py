@@ -17,6 +17,9 @@ from everlong.models.state import S
 
 StateKind = Literal["order-dependent", "additive"]
 
+Task = Literal["next_item", "rank"]
+"""What a model learns from: each next event of a history, or requests with their candidates."""
+
 
 class ItemEmbeddings(NamedTuple):
     """What turns a user vector into scores of items: ``user @ weight.T + bias``."""
@@ -38,6 +41,9 @@ class UserModel(nn.Module, Generic[S]):
 
     state_kind: ClassVar[StateKind] = "order-dependent"
     """Whether late events can be added to a state ("additive") or only replayed."""
+
+    task: ClassVar[Task] = "next_item"
+    """What the model learns from."""
 
     exemptions: ClassVar[Mapping[int, str]] = {}
     """Numbers of the laws that the model cannot keep, each with the reason."""

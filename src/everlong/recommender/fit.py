@@ -23,7 +23,7 @@ from everlong.evaluation.next_item import evaluate
 from everlong.models.decoder import DecoderConfig
 from everlong.models.device import named_device
 from everlong.models.item_vectors import item_vectors
-from everlong.models.registry import config_class, load_model_class
+from everlong.models.registry import config_class, load_model_class, model_name
 from everlong.models.user_model import UserModel
 from everlong.recommender.origin import Origin
 from everlong.recommender.recommender import Recommender
@@ -40,7 +40,7 @@ PROTOCOLS: Mapping[str, Protocol] = {"paper": PAPER, "temporal": TEMPORAL}
 
 def fit(
     events: Source | Events,
-    model: str = "lru",
+    model: str | type[UserModel] = "lru",
     *,
     items: ItemTable | None = None,
     pretrained: str | Path | None = None,
@@ -59,7 +59,9 @@ def fit(
 
     Args:
         events: ``Events``, or anything that ``read_events`` reads, with its default columns.
-        model: name of a built-in model.
+        model: a built-in model by name, a model of an installed plug-in by the name of its entry
+            point (group ``everlong.models``), or one of your own: its class, or its import path
+            ``package.module:Class``.
         items: what items have besides their ids. All vector columns, side by side, are vectors of
             the items of models that take them (``vectors`` in their architecture, which follows
             from these); ``architecture={"ids": False}`` then leaves out the embeddings of ids.
@@ -95,7 +97,10 @@ def fit(
             vectors = _vectors_of(items, parts.events.item_ids)
             settings.setdefault("vectors", vectors.shape[1])
         else:
-            log.info("model %s knows items by their ids: their vectors are not used", model)
+            log.info(
+                "model %s knows items by their ids: their vectors are not used",
+                model_name(model_class),
+            )
     network = make_model(model_class, parts, settings, config.seed).to(place)
     _fill(network, vectors)
     if pretrained is not None:
@@ -118,7 +123,7 @@ def fit(
     if items is not None and vectors is not None:
         data["item_vectors"] = items.vector_widths
     origin = Origin(
-        model=model,
+        model=model_name(model_class),
         train=config,
         protocol=parts.protocol,
         time_unit=events.facts.time_unit,

@@ -22,7 +22,7 @@ from everlong.evaluation.ranker import evaluate_ranking
 from everlong.evaluation.requests import score_requests
 from everlong.models.device import named_device
 from everlong.models.ranker import Ranker
-from everlong.models.registry import config_class, load_ranker_class
+from everlong.models.registry import config_class, load_model_class, model_name
 from everlong.models.two_stage import TwoStage, TwoStageConfig
 from everlong.recommender.recommender import TWO_STAGE, Recommender
 from everlong.recommender.users import read_into
@@ -34,7 +34,7 @@ from everlong.training.ranker import RankerTrainConfig, train_ranker
 def fit_ranker(
     recommender: Recommender,
     events: Events,
-    model: str = "ifa",
+    model: str | type[Ranker] = "ifa",
     *,
     label: str = "label",
     request: str | None = None,
@@ -57,7 +57,7 @@ def fit_ranker(
         events: a log of exposures with the outcome in a field, and the fields that the ranker
             reads (``architecture={"fields": (("outcome", 2),)}``). Items outside the recommender's
             catalogue are left out.
-        model: name of a ranker.
+        model: a ranker, by name, import path or class.
         label: field with the outcome, from 0 to 1.
         request, gap_s: as of ``requests_from_events``.
         items: features of the items of the recommender's catalogue.
@@ -70,7 +70,7 @@ def fit_ranker(
         ValueError: for unknown names or settings, or a log that cannot be used.
         Interrupted: after Ctrl-C, once the checkpoint is written.
     """
-    ranker_class = load_ranker_class(model)
+    ranker_class = load_model_class(model, "rank")
     if isinstance(recommender.model, TwoStage):
         raise ValueError(
             "this recommender has a ranker already: expected one that retrieves alone; fit the new "
@@ -119,7 +119,7 @@ def fit_ranker(
             "hardware": hardware(),
         },
     }
-    both = _two_stages(recommender, ranker, model, candidates).to(place)
+    both = _two_stages(recommender, ranker, model_name(ranker_class), candidates).to(place)
     origin = dataclasses.replace(recommender.origin, model=TWO_STAGE, metrics=metrics)
     found = Recommender(both, recommender.item_ids, origin)
     found.users.add(known.user_ids.ids(np.arange(known.num_users)))

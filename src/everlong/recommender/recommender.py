@@ -25,7 +25,7 @@ from everlong.evaluation.next_item import Evaluation, evaluate
 from everlong.inference.topk import SCORES_PER_BATCH, mask_items, top_k
 from everlong.models.device import device_of, named_device, serving
 from everlong.models.item_vectors import for_serving, same_space, with_more_items
-from everlong.models.registry import config_class, load_model_class
+from everlong.models.registry import config_class, load_model_class, stored_model_class
 from everlong.models.two_stage import TwoStage, rerank
 from everlong.models.user_model import UserModel
 from everlong.recommender.card import card
@@ -463,8 +463,19 @@ class Recommender:
         return frame.filter(pl.Series(items.flatten().numpy() >= 0))
 
 
-def load(folder: str | Path, *, device: str = "cpu") -> Recommender:
+def load(
+    folder: str | Path,
+    *,
+    models: Sequence[str | type[UserModel]] = (),
+    device: str = "cpu",
+) -> Recommender:
     """The recommender that ``save`` wrote.
+
+    Args:
+        folder: a model folder.
+        models: models of your own that the folder may be of, as classes or as import paths
+            ``package.module:Class``: a folder alone has no code imported.
+        device: where to compute.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -472,10 +483,15 @@ def load(folder: str | Path, *, device: str = "cpu") -> Recommender:
             cannot be used.
     """
     place = named_device(device)
+    for named in models:
+        load_model_class(named, None)
     stored = read_folder(Path(folder))
     config = stored.config
     try:
-        model_class = TwoStage if config.model == TWO_STAGE else load_model_class(config.model)
+        model_class = TwoStage if config.model == TWO_STAGE else stored_model_class(config.model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    try:
         model = model_class(load_settings(config_class(model_class), config.architecture))
         train = load_settings(TrainConfig, config.train)
         protocol = load_settings(Protocol, config.protocol)
