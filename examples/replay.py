@@ -40,7 +40,8 @@ import uvicorn
 
 from everlong import TEMPORAL, Events, fit, load, read_events
 from everlong.client import Client
-from everlong.data.split import Rows, Split, split
+from everlong.data.arrays import IntArray
+from everlong.data.split import Split, split
 from everlong.data.synthetic import markov_chain
 from everlong.evaluation.metrics import DEFAULT, Estimate, estimate
 from everlong.evaluation.next_item import Evaluation, evaluate
@@ -55,7 +56,7 @@ SHOWN = ("NDCG@10", "Recall@10", "MRR@10")
 class Replayed(NamedTuple):
     """Ranks of all targets online, what they come to, and the evaluation offline."""
 
-    ranks: Rows
+    ranks: IntArray
     metrics: dict[str, Estimate]
     offline: Evaluation
 
@@ -66,7 +67,7 @@ class Replayed(NamedTuple):
         return int((self.ranks.clip(max=end) != self.offline.ranks.clip(max=end)).sum())
 
 
-def replay(client: Client, events: Events, parts: Split) -> Rows:
+def replay(client: Client, events: Events, parts: Split) -> IntArray:
     """The rank of every target of the test, found by asking a service that has no events yet.
 
     Args:
