@@ -43,7 +43,8 @@ from everlong.models.registry import config_class, load_model_class
 from everlong.models.state import put, take
 from everlong.models.user_model import UserModel
 from everlong.system.provenance import hardware, versions
-from everlong.training.next_item import TrainConfig, train
+from everlong.training.next_item import train
+from everlong.training.settings import TrainConfig
 from long_history import DROPOUT, PAST, RECENT, SHAPE, build, whole
 from quality import DATA_DIR, read_log
 from record import RESULTS

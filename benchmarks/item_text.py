@@ -48,7 +48,8 @@ from everlong.recommender.recommender import Recommender
 from everlong.system.provenance import hardware, versions
 from everlong.text.item_text import encode_items
 from everlong.text.sentence import SentenceEncoder
-from everlong.training.next_item import TrainConfig, train
+from everlong.training.next_item import train
+from everlong.training.settings import TrainConfig
 from quality import DATA_DIR, protocol_for, read_log
 from record import RESULTS, write_result
 from tables import insert, spread

@@ -42,7 +42,8 @@ from everlong.models.persrec import PerSRec, PerSRecConfig
 from everlong.models.sasrec import SASRec, SASRecConfig
 from everlong.models.state import bytes_per_user
 from everlong.models.user_model import UserModel
-from everlong.training.next_item import TrainConfig, train
+from everlong.training.next_item import train
+from everlong.training.settings import TrainConfig
 from record import RESULTS, write_result
 
 # repeats stay, so that distances are exact

@@ -41,7 +41,8 @@ from everlong.models.registry import config_class, load_model_class
 from everlong.models.state import State, bytes_per_user
 from everlong.models.user_model import UserModel
 from everlong.system.provenance import hardware, versions
-from everlong.training.next_item import TrainConfig, train
+from everlong.training.next_item import train
+from everlong.training.settings import TrainConfig
 from quality import DATA_DIR, protocol_for, read_log, recipe
 from record import RESULTS, write_result
 from tables import insert, spread

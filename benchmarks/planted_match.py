@@ -27,7 +27,7 @@ from everlong.models.ifa import IFA, IFAConfig
 from everlong.models.ranker import Ranker
 from everlong.models.target_attention import TargetAttention, TargetAttentionConfig
 from everlong.system.provenance import hardware, versions
-from everlong.training.ranking_losses import Shares, ranking_loss
+from everlong.training.ranker_losses import ranker_loss
 from record import RESULTS
 
 KEYS, FILLERS, SHOWN = 16, 200, 5
@@ -80,7 +80,7 @@ def one(shape: Mapping[str, Any], length: int, updates: int, seed: int) -> float
     for _ in range(updates):
         batch = draw_requests(generator, length)
         optimizer.zero_grad()
-        loss = ranking_loss(model.rank(batch), batch.labels, batch.offsets, Shares(0, 0, 1))
+        loss = ranker_loss(model.rank(batch), batch.labels, batch.offsets, {"listwise": 1.0})
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         rate.step()

@@ -50,7 +50,8 @@ from everlong.models.target_attention import TargetAttention, TargetAttentionCon
 from everlong.ops.sets import Sets
 from everlong.recommender.fit_ranker import fill_items, item_features
 from everlong.system.provenance import hardware, versions
-from everlong.training.ranker import RankerTrainConfig, add_candidates, train_ranker
+from everlong.training.ranker import add_candidates, train_ranker
+from everlong.training.settings import RankerTrainConfig
 from quality import DATA_DIR
 from record import RESULTS
 from tables import insert, spread

@@ -35,7 +35,7 @@ from everlong.models.ifa import IFA, IFAConfig
 from everlong.models.state import bytes_per_user
 from everlong.ops.attention_types import Asked, History, Sums
 from everlong.ops.linear_attention import linear_attention
-from everlong.training.ranking_losses import Shares, ranking_loss
+from everlong.training.ranker_losses import ranker_loss
 from record import write_result
 
 DIM, HEADS = 64, 4
@@ -150,7 +150,7 @@ def training() -> dict[str, Any]:
 
     def update(batch: RequestBatch) -> float:
         model.zero_grad()
-        loss = ranking_loss(model.rank(batch), batch.labels, batch.offsets, Shares())
+        loss = ranker_loss(model.rank(batch), batch.labels, batch.offsets, {"pointwise": 1.0})
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 

@@ -47,7 +47,7 @@ from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
 from everlong.server.store import checksum, log
 from everlong.server.store.log import Event, EventLog
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 from open_loop import Answers, Load, arrivals, percentiles_ms, send, summary
 from record import RESULTS, write_result
 

@@ -29,8 +29,9 @@ from everlong.data.dataset import Dataset
 from everlong.data.events import Events, read_events
 from everlong.data.split import PAPER, Split, TrainSegments, split
 from everlong.models.lru import LRU, LRUConfig
-from everlong.training.losses import full_softmax
-from everlong.training.next_item import TrainConfig, train
+from everlong.training.next_item import train
+from everlong.training.next_item_losses import full_softmax
+from everlong.training.settings import TrainConfig
 from published_lru import PublishedLRU
 from record import peak_mib, write_result
 

@@ -25,7 +25,7 @@ from everlong.models.batch import Batch
 from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.persrec import PerSRec, PerSRecConfig
 from everlong.models.user_model import UserModel
-from everlong.training.losses import full_softmax
+from everlong.training.next_item_losses import full_softmax
 from record import peak_mib, write_result
 
 ITEMS, EVENTS, ROUNDS = 3_416, 8_192, 3

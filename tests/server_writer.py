@@ -28,7 +28,7 @@ from everlong.server.engine.shard import Shard
 from everlong.server.store.log import Event, LogReader, Stored
 from everlong.server.store.state_table import StateTable
 from everlong.server.store.watermark import FACTOR
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 
 ITEMS = 50
 CHAIN = int(FACTOR)

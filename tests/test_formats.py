@@ -27,6 +27,7 @@ from everlong.server.store.log import Event
 from everlong.system.progress import Progress
 from everlong.text.encoder import Encoded
 from everlong.text.vector_cache import encode_cached
+from everlong.training.migrations import training_2
 
 STORED = Path(__file__).parent / "formats" / "v1"
 MODELS = sorted(path.parent.name for path in (STORED / "models").glob("*/config.json"))
@@ -390,7 +391,9 @@ def test_a_run_goes_on_from_its_checkpoint(
     kind: str, go_on: Callable[..., Any], copied: Path, events: Events
 ) -> None:
     expected = expected_of(kind)
-    found = through_json(go_on(copied / kind / "run", expected["fit"], events))
+    settings = expected["fit"]
+    settings = {**settings, "training": training_2(settings["training"])}
+    found = through_json(go_on(copied / kind / "run", settings, events))
     first, *rest = (STORED / kind / "run" / "train.jsonl").read_text().splitlines()
     # with its time: this epoch was not run again
     assert found["epochs"][0] == json.loads(first)

@@ -19,7 +19,7 @@ from everlong.models.registry import (
     load_model_class,
 )
 from everlong.models.state import bytes_per_user
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

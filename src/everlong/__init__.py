@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from everlong.recommender.fit_ranker import fit_ranker
     from everlong.recommender.recommender import Recommender, UpdateReport, load
     from everlong.system.interrupt import Interrupted
-    from everlong.training.next_item import TrainConfig
-    from everlong.training.ranker import RankerTrainConfig
+    from everlong.training.settings import RankerTrainConfig, TrainConfig
 
 __version__ = "0.1.0"
 
@@ -46,9 +45,9 @@ _HOMES = {
     "Interrupted": "everlong.system.interrupt",
     "ItemTable": "everlong.data.items",
     "Protocol": "everlong.data.split",
-    "RankerTrainConfig": "everlong.training.ranker",
+    "RankerTrainConfig": "everlong.training.settings",
     "Recommender": "everlong.recommender.recommender",
-    "TrainConfig": "everlong.training.next_item",
+    "TrainConfig": "everlong.training.settings",
     "UpdateReport": "everlong.recommender.recommender",
     "fit": "everlong.recommender.fit",
     "fit_ranker": "everlong.recommender.fit_ranker",

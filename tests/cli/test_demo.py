@@ -3,7 +3,7 @@ from pathlib import Path
 import everlong
 from everlong.cli.runs.demo import COUNTERS, DEMO, Contender, Demo, run_demo
 from everlong.models.registry import config_class, load_model_class
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 
 TINY = Demo(
     users=40,

@@ -19,7 +19,7 @@ from everlong.models.ifa import IFA, IFAConfig, IFAState
 from everlong.ops.sets import Sets
 from everlong.recommender.fit_ranker import fill_items, item_features
 from everlong.testing import check_model
-from everlong.training.ranking_losses import Shares, ranking_loss
+from everlong.training.ranker_losses import ranker_loss
 
 FIELDS = {"label": 2}
 DAY_S = 86_400.0
@@ -375,7 +375,7 @@ def test_learns_which_items_go_together() -> None:
     for _ in range(150):
         batch = draw(64)
         optimizer.zero_grad()
-        ranking_loss(model.rank(batch), batch.labels, batch.offsets, Shares()).backward()  # type: ignore[no-untyped-call]
+        ranker_loss(model.rank(batch), batch.labels, batch.offsets, {"pointwise": 1.0}).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     model.eval()
     batch = draw(200)

@@ -20,7 +20,7 @@ from everlong.models.item_vectors import ItemConfig, ItemVectors, item_vectors, 
 from everlong.models.registry import built_in_names, config_class, load_model_class
 from everlong.models.user_model import UserModel
 from everlong.testing import check_model
-from everlong.training.losses import full_softmax
+from everlong.training.next_item_losses import full_softmax
 
 ITEMS, WIDTH = 9, 5
 TAKES_VECTORS = [

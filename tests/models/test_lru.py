@@ -18,7 +18,7 @@ from everlong.models.batch import Batch
 from everlong.models.lru import LRU, LRUConfig, LRUState
 from everlong.models.state import bytes_per_user
 from everlong.testing import check_model
-from everlong.training.losses import full_softmax
+from everlong.training.next_item_losses import full_softmax
 
 ITEMS = 23
 HISTORIES = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [], [3, 5, 8, 9, 7], [9, 3, 2]]

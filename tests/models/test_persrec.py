@@ -26,7 +26,7 @@ from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
 from everlong.models.user_model import UserModel
 from everlong.ops.pointwise_attention import Blocks
 from everlong.testing import check_model
-from everlong.training.losses import full_softmax
+from everlong.training.next_item_losses import full_softmax
 
 ITEMS = 9
 SIZES = {"dim": 8, "heads": 2, "layers": 2, "dropout": 0.0}

@@ -5,7 +5,7 @@ import pytest
 
 from everlong.models.lru import LRUConfig
 from everlong.system.settings import Settings, load_settings, unknown
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 
 
 class Knobs(Settings):

@@ -21,12 +21,12 @@ from everlong.models.lru import LRU, LRUConfig
 from everlong.models.user_model import UserModel
 from everlong.text.causal import CausalEncoder
 from everlong.training.joint import train_jointly
-from everlong.training.losses import full_softmax
-from everlong.training.next_item import TrainConfig
+from everlong.training.next_item_losses import full_softmax
+from everlong.training.settings import TrainConfig
 
 TEXTS = ["a dog", "a town", "", "the sea", "two detectives", "lost", "a comedy", "people"]
 CONFIG = TrainConfig(
-    epochs=2, batch_events=64, loss="nce", negatives=8, encoder_lr=1e-2, precision="float32"
+    epochs=2, batch_events=64, loss="infonce", negatives=8, encoder_lr=1e-2, precision="float32"
 )
 
 
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(encoder: CausalEncoder) -> None:
         train_jointly(LRU(LRUConfig(num_items=8, dim=8)), encoder, TEXTS, dataset, CONFIG)
     with pytest.raises(ValueError, match="received 8 and 32"):
         train_jointly(a_model(5), encoder, TEXTS, dataset, CONFIG)
-    with pytest.raises(ValueError, match="nce or sampled"):
+    with pytest.raises(ValueError, match="sampled or infonce"):
         train_jointly(a_model(32), encoder, TEXTS, dataset, TrainConfig())
     with pytest.raises(ValueError, match="none that is not empty"):
         train_jointly(a_model(32), encoder, [" "] * 8, dataset, CONFIG)

@@ -33,14 +33,11 @@ from everlong.models.sasrec import SASRec, SASRecConfig
 from everlong.models.user_model import UserModel
 from everlong.system.interrupt import Interrupted
 from everlong.training.checkpoint import FILE, LOG
-from everlong.training.losses import Negatives, NegativeSampler
-from everlong.training.next_item import (
-    TrainConfig,
-    TrainResult,
-    parameter_groups,
-    rate_share,
-    train,
-)
+from everlong.training.loop import TrainResult
+from everlong.training.next_item import train
+from everlong.training.next_item_losses import Negatives, NegativeSampler
+from everlong.training.optimizer import parameter_groups, rate_share
+from everlong.training.settings import TrainConfig
 
 ITEMS = 11
 TIMINGS = ("seconds", "events_per_second")
@@ -105,7 +102,7 @@ def same(first: tuple[Any, Any, Any], second: tuple[Any, Any, Any]) -> bool:
 
 
 class Stopping(Dataset):
-    """Presses Ctrl-C while the piece of a given number (over all epochs) is read."""
+    """Presses Ctrl-C while the micro-batch of a given number (over all epochs) is read."""
 
     def __init__(self, events: Events, segments: TrainSegments, stop_at: int) -> None:
         super().__init__(events, segments)
@@ -182,11 +179,11 @@ def test_the_random_numbers_of_the_caller_go_on() -> None:
     "changes",
     [
         {},
-        {"batch_events": 48, "piece_events": 16},
+        {"batch_events": 48, "micro_batch_events": 16},
         {"loss": "sampled", "negatives": 4, "schedule": "constant", "weight_decay": 0.1},
-        {"loss": "nce", "negatives": 4},
+        {"loss": "infonce", "negatives": 4},
     ],
-    ids=["carried", "pieces", "sampled", "nce"],
+    ids=["carried", "micro_batches", "sampled", "infonce"],
 )
 def test_interrupted_at_any_place_and_resumed_it_ends_with_the_same_bits(
     changes: dict[str, Any], tmp_path: Path
@@ -195,9 +192,9 @@ def test_interrupted_at_any_place_and_resumed_it_ends_with_the_same_bits(
     model = lru()
     expected = outcome(model, train(model, dataset_of(), config, validate=score))
     data = dataset_of()
-    pieces = [data.num_batches(config.piece_budget, seed=0, epoch=epoch) for epoch in (0, 1)]
+    batches = [data.num_batches(config.micro_batch_budget, seed=0, epoch=epoch) for epoch in (0, 1)]
     assert any(batch.carried for batch in data.batches(16, seed=0, epoch=0))
-    for stop_at in range(sum(pieces)):
+    for stop_at in range(sum(batches)):
         folder = tmp_path / str(stop_at)
         assert same(interrupted_then_resumed(config, stop_at, folder), expected), stop_at
 
@@ -329,10 +326,10 @@ def test_early_stopping_returns_the_weights_of_the_best_epoch(tmp_path: Path) ->
 
 
 def test_the_best_weights_come_through_a_resume(tmp_path: Path) -> None:
-    pieces = dataset_of().num_batches(16, seed=0, epoch=0)
+    batches = dataset_of().num_batches(16, seed=0, epoch=0)
     config = settings(epochs=9, patience=2)
     scores = Scores(0.3, 0.2)
-    stopping = Stopping(EVENTS, whole_histories(EVENTS), 2 * pieces + 1)
+    stopping = Stopping(EVENTS, whole_histories(EVENTS), 2 * batches + 1)
     with pytest.raises(Interrupted):
         train(lru(), stopping, config, validate=scores, folder=tmp_path)
     fresh = lru(seed=99)
@@ -370,9 +367,9 @@ def test_values_of_the_schedule() -> None:
 
 def test_the_rate_of_an_update_is_that_of_its_beginning() -> None:
     count = dataset_of().num_batches(16, seed=0, epoch=1)
-    for changes in ({}, {"batch_events": 32, "piece_events": 16}):
+    for changes in ({}, {"batch_events": 32, "micro_batch_events": 16}):
         config = settings(**changes)
-        last = (count - 1) // config.pieces_per_update * config.pieces_per_update
+        last = (count - 1) // config.micro_batches_per_update * config.micro_batches_per_update
         result = train(lru(), dataset_of(), config)
         share = rate_share((1 + last / count) / 2, config)
         assert result.history[-1]["lr"] == pytest.approx(config.lr * share)
@@ -468,11 +465,11 @@ def test_gradients_left_behind_do_not_count() -> None:
     assert torch.equal(clean.start, dirty.start)
 
 
-def test_an_update_in_pieces_is_the_update_of_the_whole() -> None:
+def test_an_update_in_micro_batches_is_the_update_of_the_whole() -> None:
     events = log_of([16] * 8)
     models = [lru(dropout=0.0), lru(dropout=0.0)]
-    for model, piece in zip(models, (64, 16), strict=True):
-        train(model, dataset_of(events), settings(batch_events=64, piece_events=piece))
+    for model, size in zip(models, (64, 16), strict=True):
+        train(model, dataset_of(events), settings(batch_events=64, micro_batch_events=size))
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -522,7 +519,7 @@ def test_events_before_the_labels_are_read_and_not_counted() -> None:
     )
     data = Dataset(events, segments)
     whole_loss = train(lru(dropout=0.0), data, settings(epochs=1, lr=1e-9, batch_events=60))
-    # some pieces have no label at all
+    # some micro-batches have no label at all
     cut = train(lru(dropout=0.0), data, settings(epochs=1, lr=1e-9, batch_events=7))
     assert cut.history[0]["loss"] == pytest.approx(whole_loss.history[0]["loss"], rel=1e-4)
 
@@ -565,7 +562,7 @@ def test_other_models_learn_and_resume_too(
         assert torch.equal(value, expected[name]), name
 
 
-def test_a_model_learns_by_nce(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_learns_by_infonce(monkeypatch: pytest.MonkeyPatch) -> None:
     draws: list[list[int]] = []
 
     draw = NegativeSampler.draw
@@ -577,10 +574,10 @@ def test_a_model_learns_by_nce(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(NegativeSampler, "draw", recorded)
     result = train(
-        lru(dropout=0.0), dataset_of(), settings(loss="nce", negatives=5, epochs=30, lr=0.03)
+        lru(dropout=0.0), dataset_of(), settings(loss="infonce", negatives=5, epochs=30, lr=0.03)
     )
     assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
-    # fresh for each piece, at most so many, and every item as often as any other
+    # fresh for each micro-batch, at most so many, and every item as often as any other
     assert sum(a == b for a, b in pairwise(draws)) < len(draws) / 10
     assert max(map(len, draws)) <= 5
     share = np.bincount([item for drawn in draws for item in drawn], minlength=ITEMS) / len(draws)
@@ -610,6 +607,7 @@ def test_the_size_of_the_catalogue_chooses_the_loss() -> None:
         {"warmup": 1.5},
         {"clip": -1.0},
         {"schedule": "linear"},
+        {"loss": "nce"},
     ],
 )
 def test_impossible_settings_are_refused(changes: dict[str, Any]) -> None:

@@ -1,11 +1,13 @@
 """Learning from requests: resumption, what is dropped and added, and offline = served."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from safetensors import safe_open
 
 from everlong.data.events import Events, read_events
 from everlong.data.items import read_items
@@ -22,12 +24,11 @@ from everlong.models.ifa import IFA, IFAConfig
 from everlong.models.user_model import UserModel
 from everlong.recommender.fit_ranker import fill_items, item_features
 from everlong.system.interrupt import Interrupted
-from everlong.training.ranker import (
-    RankerTrainConfig,
-    add_candidates,
-    drop_candidates,
-    train_ranker,
-)
+from everlong.training.checkpoint import FILE
+from everlong.training.optimizer import parameter_groups
+from everlong.training.precision import Precision
+from everlong.training.ranker import Ranking, add_candidates, drop_candidates, train_ranker
+from everlong.training.settings import RankerTrainConfig
 
 
 def likes(users: int = 60, seed: int = 0) -> tuple[Events, RequestSplit]:
@@ -172,3 +173,57 @@ def test_reaches_what_can_be_known_of_made_up_exposures() -> None:
     found = evaluate_ranking(score_requests(model, events, parts.test)).metrics["AUC"].mean
     assert found > 0.75
     assert found < log.best["AUC"] + 0.03
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e3])
+def test_narrow_products_are_used_where_the_first_loss_agrees(scale: float, tmp_path: Path) -> None:
+    events, parts = likes(users=20)
+    dataset = RequestDataset(events, parts.train)
+    config = RankerTrainConfig(epochs=1, batch_size=256, precision="bfloat16", pairwise=1.0)
+    model = small(events)
+    with torch.no_grad():
+        # a score is the sum of two numbers of which bfloat16 tells only the larger one
+        model.head[3].bias.fill_(scale)
+        model.item_bias.weight.fill_(-scale)
+    train_ranker(model, dataset, config, folder=tmp_path)
+    with safe_open(str(tmp_path / FILE), framework="pt") as file:
+        stored = json.loads(file.metadata()["facts"])["precision"]
+    assert stored == ("bfloat16" if scale == 0 else "float32")
+
+
+def test_auto_is_the_precision_that_the_machine_multiplies_fast() -> None:
+    device = torch.device("cpu")
+    narrow = Precision("auto", device).narrow
+    capabilities = torch.cpu.get_capabilities()
+    assert narrow == any(capabilities.get(n) is True for n in ("avx512_bf16", "amx_bf16", "bf16"))
+    events, parts = likes(users=20)
+    config = RankerTrainConfig(precision="auto")
+    task = Ranking(small(events), RequestDataset(events, parts.train), config, device)
+    assert task.precision.narrow == narrow
+
+
+def test_a_metric_that_is_better_when_smaller_chooses_its_smallest() -> None:
+    events, parts = likes(users=20)
+    losses = iter([0.5, 0.3, 0.4, 0.35])
+    result = train_ranker(
+        small(events),
+        RequestDataset(events, parts.train),
+        RankerTrainConfig(epochs=4, batch_size=256, monitor="LogLoss", patience=9),
+        validate=lambda model: {"LogLoss": next(losses)},
+        minimise=True,
+    )
+    assert (result.best_epoch, result.best_score) == (2, 0.3)
+
+
+def test_weight_decay_is_of_matrices_and_what_the_model_declares() -> None:
+    events, _ = likes(users=20)
+    model = small(events)
+    config = RankerTrainConfig()
+    decayed = {
+        id(parameter)
+        for group in parameter_groups(model, config)
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    odd = {n for n, p in model.named_parameters() if (p.ndim >= 2) != (id(p) in decayed)}
+    assert odd == set(IFA.weight_decay) == {"head.0.weight", "item_bias.weight"}

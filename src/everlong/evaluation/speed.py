@@ -17,7 +17,7 @@ from everlong.models.device import serving
 from everlong.models.lru import LRU, LRUConfig
 from everlong.models.user_model import UserModel
 from everlong.system.provenance import hardware, versions
-from everlong.training.losses import full_softmax
+from everlong.training.next_item_losses import full_softmax
 
 STEP_BATCHES = (1, 64, 256)
 SCAN_EVENTS = 8_192

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,8 @@ class Backbone(nn.Module):
     """Item vectors, layers and the scoring by cosine. A subclass adds the layers."""
 
     layers: nn.ModuleList
+
+    weight_decay: ClassVar[Mapping[str, bool]] = {"start": True}
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()

@@ -11,8 +11,9 @@ which one stands here.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +76,7 @@ class LRU(UserModel[LRUState]):
     """LRURec on packed histories: parallel over events in training, one small step in serving."""
 
     recurrence_parameters = frozenset({"nu_log", "theta_log", "gamma_log"})
+    weight_decay: ClassVar[Mapping[str, bool]] = {"start": True}
 
     def __init__(self, config: LRUConfig) -> None:
         super().__init__(config.num_items)

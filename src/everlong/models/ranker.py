@@ -87,6 +87,8 @@ class Ranker(UserModel[S]):
     """
 
     task: ClassVar[Task] = "rank"
+    # a norm that decays: the recorded results were trained so
+    weight_decay: ClassVar[Mapping[str, bool]] = {"head.0.weight": True, "item_bias.weight": False}
 
     def __init__(self, config: RankerConfig) -> None:
         super().__init__(config.num_items)

@@ -98,6 +98,8 @@ class SASRec(UserModel[SASRecState]):
         }
     )
 
+    weight_decay: ClassVar[Mapping[str, bool]] = {"start": True}
+
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__(config.num_items)
         self.config = config

@@ -54,6 +54,10 @@ class UserModel(nn.Module, Generic[S]):
     recurrence_parameters: ClassVar[frozenset[str]] = frozenset()
     """Last names of parameters that set how long the model remembers: weight decay spares them."""
 
+    weight_decay: ClassVar[Mapping[str, bool]] = {}
+    """Names of parameters for which the rule of weight decay, that matrices decay and vectors do
+    not, does not hold, and whether they decay. Any module may declare its own."""
+
     def __init__(self, num_items: int) -> None:
         super().__init__()
         if num_items < 1:

@@ -43,14 +43,20 @@ def linear_attention(
         before: sums of the events before those of ``history``.
 
     Returns:
-        ``[P, H, M, E]`` and ``[P, H, M]``. Both are zero where nothing was seen.
+        ``[P, H, M, E]`` and ``[P, H, M]``. Both are zero where nothing was seen. Sums are of
+        float32 or wider, whatever the inputs are.
 
     Raises:
         ValueError: if shapes do not fit together, or requests are not in order.
     """
     check(history, queries, asked, rates, before)
-    if queries.device.type != "cpu" or queries.numel() == 0:
-        return reference_attention(history, queries, asked, rates, before)
+    # sums over a whole history in bfloat16 would lose what each event adds
+    with torch.autocast(queries.device.type, enabled=False):
+        history = history._replace(features=wide(history.features), values=wide(history.values))
+        before = before._replace(weighted=wide(before.weighted), mass=wide(before.mass))
+        queries = wide(queries)
+        if queries.device.type != "cpu" or queries.numel() == 0:
+            return reference_attention(history, queries, asked, rates, before)
     from everlong.ops.linear_attention_cpu import CpuLinearAttention
 
     weighted, mass = CpuLinearAttention.apply(  # type: ignore[no-untyped-call]
@@ -62,6 +68,11 @@ def linear_attention(
         (history.times, history.offsets, asked, rates, before.at),
     )
     return weighted, mass
+
+
+def wide(values: Tensor) -> Tensor:
+    """The values in float32, or as they are if they are wider."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def reference_attention(

@@ -31,7 +31,9 @@ from everlong.recommender.users import read_into
 from everlong.system.provenance import hardware, versions
 from everlong.system.settings import load_settings, unknown
 from everlong.text.pretrained import decoder_architecture, decoder_of, load_decoder
-from everlong.training.next_item import TrainConfig, TrainResult, train
+from everlong.training.loop import TrainResult
+from everlong.training.next_item import train
+from everlong.training.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 

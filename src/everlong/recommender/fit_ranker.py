@@ -28,7 +28,8 @@ from everlong.recommender.recommender import TWO_STAGE, Recommender
 from everlong.recommender.users import read_into
 from everlong.system.provenance import hardware, versions
 from everlong.system.settings import load_settings
-from everlong.training.ranker import RankerTrainConfig, train_ranker
+from everlong.training.ranker import train_ranker
+from everlong.training.settings import RankerTrainConfig
 
 
 def fit_ranker(

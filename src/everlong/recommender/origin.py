@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everlong.data.split import Protocol
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

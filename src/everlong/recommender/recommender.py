@@ -34,7 +34,7 @@ from everlong.recommender.origin import Origin
 from everlong.recommender.users import UserTable, read_into
 from everlong.system.provenance import versions
 from everlong.system.settings import load_settings
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -118,6 +118,8 @@ class CausalEncoder(nn.Module):
         ValueError: if the model cannot be loaded, is not causal, has no room for ``max_tokens``, or
             does not keep texts of a row apart.
     """
+
+    weight_decay: ClassVar[Mapping[str, bool]] = {"item": True}
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Training of a model together with the item encoder that its vectors come from.
 
-Of each piece of an update the items that are read, asked for or drawn as negatives are encoded
+Of each micro-batch the items that are read, asked for or drawn as negatives are encoded
 anew, and gradients go through them into the encoder; all others stand as they were encoded last.
 Before each validation, and at the end, the whole catalogue is encoded.
 """
@@ -8,7 +8,7 @@ Before each validation, and at the end, the whole catalogue is encoded.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from everlong.models.batch import Batch
 from everlong.models.item_vectors import ItemVectors, item_vectors
 from everlong.models.user_model import UserModel
 from everlong.text.causal import CausalEncoder
-from everlong.training.losses import Negatives
-from everlong.training.next_item import NextItem, Run, TrainConfig, TrainResult, Validate
+from everlong.training.loop import TrainResult, Validate, run
+from everlong.training.next_item import NextItem
+from everlong.training.next_item_losses import NEXT_ITEM_LOSSES, Negatives
+from everlong.training.settings import TrainConfig
 
 CHUNK = 1_024
 """Items that are encoded at once where no gradient is asked for."""
@@ -54,39 +56,27 @@ def train_jointly(
         Interrupted: after Ctrl-C, once the checkpoint is written.
     """
     items = _items_of(model, encoder, texts)
-    if config.loss == "full" or (
-        config.loss == "auto" and model.num_items <= config.full_softmax_limit
-    ):
+    drawn = [name for name, loss in NEXT_ITEM_LOSSES.items() if loss.power is not None]
+    if config.loss_for(model.num_items) not in drawn:
         raise ValueError(
-            "the loss of all items would encode the catalogue for every piece: expected loss nce "
-            f"or sampled, received {config.loss!r}"
+            "the loss of all items would encode the catalogue for every micro-batch: expected loss "
+            f"{' or '.join(drawn)}, received {config.loss!r}"
         )
-    model.to(device)
-    encoder.to(device)
     place = torch.device(device)
-    devices = [place] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        task = JointNextItem(model, items, encoder, texts, dataset, config, place)
-        items.fill(task.encoded())
-        with attached(items, encoder):
-            result = _run(task, items, validate, folder, resume)
-        items.refill(task.encoded())
-    return result
+    model.to(place)
+    encoder.to(place)
+    task = JointNextItem(model, items, encoder, texts, dataset, config, place)
 
-
-def _run(
-    task: JointNextItem,
-    items: ItemVectors,
-    validate: Validate | None,
-    folder: Path | None,
-    resume: bool,
-) -> TrainResult:
-    def measured(trained: UserModel) -> dict[str, float]:
+    def measured(trained: UserModel) -> Mapping[str, float]:
         items.refill(task.encoded())
         return {} if validate is None else validate(trained)
 
-    run = Run(task, task.model, task.config, None if validate is None else measured, folder)
-    return run.run(resume)
+    items.fill(task.encoded())
+    with attached(items, encoder):
+        chosen = None if validate is None else measured
+        result = run(task, config, validate=chosen, folder=folder, resume=resume)
+    items.refill(task.encoded())
+    return result
 
 
 def _items_of(model: UserModel, encoder: CausalEncoder, texts: Sequence[str]) -> ItemVectors:
@@ -136,36 +126,36 @@ class JointNextItem(NextItem):
         device: torch.device,
     ) -> None:
         super().__init__(model, dataset, config, device)
-        self.items, self.encoder = items, encoder
+        self.items, self.causal, self.encoder = items, encoder, encoder
         self.known = torch.tensor([bool(text.strip()) for text in texts])
         self.tokens = encoder.tokenize(texts)
-        self._piece = ExitStack()
+        self._micro_batch = ExitStack()
         read = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         # what the run begins from: neither texts nor the encoder may be others when it goes on
         encoder.trained_from = encoder.trained_from or encoder.digest
         self.facts = {**self.facts, "given": read, "encoder": encoder.trained_from}
 
     def accumulate(self, batch: TrainBatch) -> tuple[float, int]:
-        with self._piece:
+        with self._micro_batch:
             return super().accumulate(batch)
 
     def prepare(self, events: Batch, negatives: Negatives | None) -> None:
-        """Encodes the items of a piece, with gradients, until the piece is done."""
+        """Encodes the items of a micro-batch, with gradients, until the micro-batch is done."""
         drawn = events.items[:0] if negatives is None else negatives.items
         rows = torch.cat([events.items, drawn]).unique()  # type: ignore[no-untyped-call]
         rows = rows[self.known.to(rows.device)[rows]]
         if rows.numel():
-            vectors = self.encoder(self.tokens.select(rows.cpu()))
-            self._piece.enter_context(self.items.live(rows, vectors))
+            vectors = self.causal(self.tokens.select(rows.cpu()))
+            self._micro_batch.enter_context(self.items.live(rows, vectors))
 
     @torch.no_grad()
     def encoded(self) -> Tensor:
         """Vectors ``[I, V]`` of the catalogue as the encoder stands."""
-        training = self.encoder.training
-        self.encoder.eval()
+        training = self.causal.training
+        self.causal.eval()
         vectors = torch.zeros_like(self.items.vectors)
         for rows in self.known.nonzero().flatten().split(CHUNK):  # type: ignore[no-untyped-call]
-            found = self.encoder(self.tokens.select(rows))
+            found = self.causal(self.tokens.select(rows))
             vectors[rows.to(vectors.device)] = found.to(vectors)
-        self.encoder.train(training)
+        self.causal.train(training)
         return vectors

@@ -15,10 +15,10 @@ V = TypeVar("V")
 
 # version 2
 
-SETTINGS_2: Mapping[str, str] = {}
+SETTINGS_2: Mapping[str, str] = {"piece_events": "micro_batch_events"}
 """Settings of training: old name, new name."""
 
-VALUES_2: Mapping[str, Mapping[str, str]] = {}
+VALUES_2: Mapping[str, Mapping[str, str]] = {"loss": {"nce": "infonce"}}
 """Their values: new name of the setting, old value, new value."""
 
 PARAMETERS_2: Mapping[str, str] = {}

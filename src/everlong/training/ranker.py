@@ -1,4 +1,4 @@
-"""Rankers: learning from requests, and scoring the candidates of held-out ones."""
+"""The task of ordering the candidates of requests."""
 
 from __future__ import annotations
 
@@ -6,51 +6,20 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from everlong.data.requests import RequestDataset
 from everlong.models.batch import RequestBatch
 from everlong.models.ranker import Ranker
 from everlong.models.state import State
-from everlong.training.next_item import LoopConfig, Run, TrainResult, Validate
-from everlong.training.ranking_losses import Shares, ranking_loss
-
-
-class RankerTrainConfig(LoopConfig):
-    """How a ranker learns.
-
-    Attributes:
-        batch_size: events and candidates of an update.
-        pointwise, pairwise, listwise: shares of the losses.
-        candidate_drop: share of candidates that are left out at random, so that a model whose
-            scores depend on the set depends less on its size. One labelled candidate always stays.
-        unexposed: items drawn in proportion to their labels that join the candidates of a request
-            in a quarter of all requests, without a label: sets are larger in serving than in logs.
-        unexposed_label: ``none``, or ``negative`` to learn that they were not chosen.
-    """
-
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    epochs: PositiveInt = 20
-    monitor: str = "GAUC"
-    patience: PositiveInt = 4
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    batch_size: PositiveInt = 8_192
-    pointwise: NonNegativeFloat = 1.0
-    pairwise: NonNegativeFloat = 0.0
-    listwise: NonNegativeFloat = 0.0
-    candidate_drop: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    unexposed: NonNegativeInt = 0
-    unexposed_label: Literal["none", "negative"] = "none"
-
-    @property
-    def shares(self) -> Shares:
-        """Of the losses."""
-        return Shares(self.pointwise, self.pairwise, self.listwise)
+from everlong.training.loop import TrainResult, Validate, run
+from everlong.training.precision import Precision
+from everlong.training.ranker_losses import ranker_loss
+from everlong.training.settings import RankerTrainConfig
 
 
 def train_ranker(
@@ -59,6 +28,7 @@ def train_ranker(
     config: RankerTrainConfig,
     *,
     validate: Validate | None = None,
+    minimise: bool = False,
     folder: Path | None = None,
     resume: bool = False,
     device: torch.device | str = "cpu",
@@ -69,9 +39,7 @@ def train_ranker(
         model: any ranker.
         dataset: requests with labels.
         config: settings.
-        validate: metrics of the model on held-out requests.
-        folder: where checkpoints and the log go; none are kept without it.
-        resume: continue from the checkpoint in ``folder``, if there is one.
+        validate, minimise, folder, resume: as of ``loop.run``.
         device: where to train.
 
     Raises:
@@ -80,16 +48,16 @@ def train_ranker(
     """
     if dataset.num_labels == 0:
         raise ValueError("training needs labelled candidates, received none; check the label field")
-    model.to(device)
     place = torch.device(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        task = Ranking(model, dataset, config, place)
-        return Run(task, model, config, validate, folder).run(resume)
+    model.to(place)
+    task = Ranking(model, dataset, config, place)
+    return run(task, config, validate=validate, minimise=minimise, folder=folder, resume=resume)
 
 
 class Ranking:
-    """The task of ordering the candidates of requests."""
+    """Batches of whole users with all their requests, and the loss of the candidates."""
 
+    encoder: nn.Module | None = None
     carried: State | None = None
 
     def __init__(
@@ -99,8 +67,9 @@ class Ranking:
         config: RankerTrainConfig,
         device: torch.device,
     ) -> None:
-        self.model, self.dataset, self.config, self.device = model, dataset, config, device
-        self.dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self.model: Ranker = model
+        self.dataset, self.config, self.device = dataset, config, device
+        self.precision = Precision(config.precision, device)
         counts = np.bincount(dataset.requests.items, minlength=model.num_items)
         self._chances = torch.from_numpy(counts.astype(np.float64))
 
@@ -125,19 +94,22 @@ class Ranking:
         config = self.config
         return self.dataset.batches(config.batch_size, seed=config.seed, epoch=epoch, start=start)
 
-    def check(self, batch: RequestBatch) -> None:
-        """Nothing to look at: the products of rankers are in the precision that was asked for."""
+    def loss(self, batch: RequestBatch) -> float:
+        """The mean loss of a batch, with the candidates that were shown."""
+        return float(self._mean_loss(batch.to(self.device)))
 
     def accumulate(self, batch: RequestBatch) -> tuple[float, int]:
         number = int((~batch.labels.isnan()).sum())
         batch = drop_candidates(batch, self.config.candidate_drop)
-        batch = self._with_unexposed(batch).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16):
-            logits = self.model.rank(batch)
-        loss = ranking_loss(logits.float(), batch.labels, batch.offsets, self.config.shares)
+        loss = self._mean_loss(self._with_unexposed(batch).to(self.device))
         # the mean of the labels that are left stands for all
         (loss * number).backward()  # type: ignore[no-untyped-call]
         return float(loss.detach()) * number, number
+
+    def _mean_loss(self, batch: RequestBatch) -> Tensor:
+        with self.precision.autocast():
+            logits = self.model.rank(batch)
+        return ranker_loss(logits.float(), batch.labels, batch.offsets, self.config.shares)
 
     def _with_unexposed(self, batch: RequestBatch) -> RequestBatch:
         """The batch in which a quarter of the requests have candidates that were not shown."""

@@ -22,7 +22,7 @@ from everlong.system.interrupt import Interrupted
 from everlong.system.settings import load_settings
 from everlong.training.checkpoint import FILE as CHECKPOINT
 from everlong.training.checkpoint import LOG, Checkpoint
-from everlong.training.next_item import TrainConfig
+from everlong.training.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 

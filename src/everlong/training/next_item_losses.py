@@ -11,7 +11,7 @@ gradient of the items) and I exponentials.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -141,7 +141,7 @@ def sampled_softmax(
     return (torch.logaddexp(answers, others) - answers).mean()
 
 
-def nce(
+def infonce(
     vectors: Tensor,
     head: ItemEmbeddings,
     targets: Tensor,
@@ -188,6 +188,37 @@ def nce(
     rows = max(16, chunk_bytes // (_even(items.numel()) * widest))
     others = _log_sum_exp(vectors, head.weight[items], head.bias[items], skip, dtype, rows)
     return (torch.logaddexp(answers, others) - answers).mean()
+
+
+class NextItemLoss(NamedTuple):
+    """A loss as training takes it."""
+
+    function: Callable[[Tensor, ItemEmbeddings, Tensor, Any, torch.dtype], Tensor]
+    """Of user vectors, item embeddings, targets, negatives (None without) and the dtype."""
+
+    power: float | None
+    """Negatives are drawn by ``counts ** power``; None if the loss is of all items."""
+
+
+NEXT_ITEM_LOSSES: Mapping[str, NextItemLoss] = {
+    "full": NextItemLoss(
+        lambda user, head, targets, none, dtype: full_softmax(user, head, targets, dtype=dtype),
+        power=None,
+    ),
+    "sampled": NextItemLoss(
+        lambda user, head, targets, drawn, dtype: sampled_softmax(
+            user, head, targets, drawn, dtype=dtype
+        ),
+        power=0.75,
+    ),
+    "infonce": NextItemLoss(
+        lambda user, head, targets, drawn, dtype: infonce(
+            user, head, targets, drawn.items, dtype=dtype
+        ),
+        power=0.0,
+    ),
+}
+"""Every next-item loss by its name, as ``TrainConfig.loss`` takes it."""
 
 
 def _check(vectors: Tensor, head: ItemEmbeddings, targets: Tensor) -> None:

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from everlong.models.user_model import ItemEmbeddings
-from everlong.training.losses import (
+from everlong.training.next_item_losses import (
     Negatives,
     NegativeSampler,
     full_softmax,
-    nce,
+    infonce,
     reference_softmax,
     sampled_softmax,
 )
@@ -155,7 +155,7 @@ def test_the_table_of_scores_never_exists() -> None:
         lambda: sampled_softmax(case.vectors, case.head, case.targets, negatives, chunk_bytes=limit)
     )
     against = largest(
-        lambda: nce(case.vectors, case.head, case.targets, negatives.items, chunk_bytes=limit)
+        lambda: infonce(case.vectors, case.head, case.targets, negatives.items, chunk_bytes=limit)
     )
     assert full <= few
     assert sampled <= few
@@ -296,7 +296,7 @@ def test_a_catalogue_of_one_item_has_loss_zero() -> None:
 
 
 def nce_by_hand(case: Case, items: Tensor, same: float) -> Tensor:
-    """``nce`` from the whole table of scores, from its definition."""
+    """``infonce`` from the whole table of scores, from its definition."""
     scores = case.vectors @ case.weight.T + case.bias
     weight = case.weight.detach()
     alike = cosine_similarity(weight[case.targets].unsqueeze(1), weight[items], dim=2) > same
@@ -315,11 +315,11 @@ def test_nce_of_three_items_by_hand() -> None:
     # scores of items 0, 1, 2: the first event 1, 4.5, 1.2; the second 0, 2.5, -0.2
     first = -math.log(math.exp(1) / (math.exp(1) + 2 * math.exp(1.2)))
     second = -math.log(math.exp(2.5) / (math.exp(2.5) + math.exp(0) + 2 * math.exp(-0.2)))
-    loss = nce(vectors, ItemEmbeddings(weight, bias), targets, items)
+    loss = infonce(vectors, ItemEmbeddings(weight, bias), targets, items)
     assert float(loss) == pytest.approx((first + second) / 2, rel=1e-12)
     # the second event's target is too much like item 2 for this bound, the first one's is not
     second = -math.log(math.exp(2.5) / (math.exp(2.5) + math.exp(0)))
-    loss = nce(vectors, ItemEmbeddings(weight, bias), targets, items, same=0.7)
+    loss = infonce(vectors, ItemEmbeddings(weight, bias), targets, items, same=0.7)
     assert float(loss) == pytest.approx((first + second) / 2, rel=1e-12)
 
 
@@ -330,8 +330,8 @@ def test_a_negative_much_like_the_target_does_not_count(degrees: float, counts: 
     near = [3 * math.cos(angle), 3 * math.sin(angle)]
     head = ItemEmbeddings(torch.tensor([[1.0, 0.0], near, [0.0, 1.0]]), torch.zeros(3))
     vectors, targets = torch.ones(1, 2), torch.tensor([0])
-    with_it = nce(vectors, head, targets, torch.tensor([1, 2]))
-    without = nce(vectors, head, targets, torch.tensor([2]))
+    with_it = infonce(vectors, head, targets, torch.tensor([1, 2]))
+    without = infonce(vectors, head, targets, torch.tensor([2]))
     assert bool(with_it > without) is counts
     assert counts or torch.equal(with_it, without)
 
@@ -342,7 +342,7 @@ def test_nce_of_equal_scores_is_the_log_of_their_number(scale: float) -> None:
     head = ItemEmbeddings(scale * torch.eye(12), torch.full((12,), 0.3))
     vectors, targets = torch.zeros(4, 12), torch.tensor([0, 3, 3, 11])
     for items, others in ((torch.arange(4, 11), 7), (torch.arange(12), 11)):
-        loss = nce(vectors, head, targets, items)
+        loss = infonce(vectors, head, targets, items)
         assert float(loss) == pytest.approx(math.log(others + 1), rel=1e-6)
 
 
@@ -359,7 +359,7 @@ def test_nce_is_that_of_the_whole_table(
     case = Case(events, items=items)
     drawn = torch.tensor(negatives) % items
     expected = nce_by_hand(case, drawn, same)
-    loss = nce(case.vectors, case.head, case.targets, drawn, same=same, chunk_bytes=1)
+    loss = infonce(case.vectors, case.head, case.targets, drawn, same=same, chunk_bytes=1)
     torch.testing.assert_close(loss, expected, atol=1e-10, rtol=1e-10)
     for ours, theirs in zip(case.gradients(loss), case.gradients(expected), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-10)
@@ -367,8 +367,8 @@ def test_nce_is_that_of_the_whole_table(
 
 def test_nce_in_bfloat16_is_near_that_in_float32() -> None:
     case, drawn = Case(50, torch.float32), torch.arange(0, ITEMS, 2)
-    loss = nce(case.vectors, case.head, case.targets, drawn, dtype=torch.bfloat16)
-    expected = nce(case.vectors, case.head, case.targets, drawn)
+    loss = infonce(case.vectors, case.head, case.targets, drawn, dtype=torch.bfloat16)
+    expected = infonce(case.vectors, case.head, case.targets, drawn)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, atol=5e-2, rtol=5e-2)
     for ours, theirs in zip(case.gradients(loss), case.gradients(expected), strict=True):
@@ -379,7 +379,9 @@ def test_nce_in_bfloat16_is_near_that_in_float32() -> None:
 def test_nce_without_any_negative_that_counts_is_zero(dtype: torch.dtype) -> None:
     case = Case(20, torch.float64 if dtype == torch.float64 else torch.float32)
     # every cosine is above this
-    loss = nce(case.vectors, case.head, case.targets, torch.arange(ITEMS), same=-2.0, dtype=dtype)
+    loss = infonce(
+        case.vectors, case.head, case.targets, torch.arange(ITEMS), same=-2.0, dtype=dtype
+    )
     assert float(loss.detach()) == 0.0
     for gradient in case.gradients(loss):
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -388,20 +390,20 @@ def test_nce_without_any_negative_that_counts_is_zero(dtype: torch.dtype) -> Non
 def test_nce_refuses_impossible_negatives() -> None:
     case = Case(5)
     with pytest.raises(ValueError, match="needs negatives: expected at least one"):
-        nce(case.vectors, case.head, case.targets, torch.arange(0))
+        infonce(case.vectors, case.head, case.targets, torch.arange(0))
     with pytest.raises(ValueError, match=rf"negatives are item rows 0 \.\. {ITEMS - 1}, received"):
-        nce(case.vectors, case.head, case.targets, torch.tensor([3, ITEMS]))
+        infonce(case.vectors, case.head, case.targets, torch.tensor([3, ITEMS]))
 
 
-@pytest.mark.parametrize("loss", ["full", "sampled", "nce"])
+@pytest.mark.parametrize("loss", ["full", "sampled", "infonce"])
 def test_impossible_input_is_refused(loss: str) -> None:
     case = Case(5)
 
     def run(vectors: Tensor, targets: Tensor) -> Tensor:
         if loss == "full":
             return full_softmax(vectors, case.head, targets)
-        if loss == "nce":
-            return nce(vectors, case.head, targets, torch.arange(ITEMS))
+        if loss == "infonce":
+            return infonce(vectors, case.head, targets, torch.arange(ITEMS))
         return sampled_softmax(vectors, case.head, targets, all_items())
 
     with pytest.raises(ValueError, match="received 0 vectors and 0 targets"):

@@ -7,7 +7,7 @@ ones saw of them alone.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,41 +15,33 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from everlong.ops.sets import Sets
 
-
-class Shares(NamedTuple):
-    """How much each loss counts in the mix."""
-
-    pointwise: float = 1.0
-    pairwise: float = 0.0
-    listwise: float = 0.0
+RankerLoss = Callable[[Tensor, Tensor, Sets], Tensor]
+"""Logits ``[P]``, labels ``[P]`` (NaN where there is none) and the sets of candidates to a mean."""
 
 
-def ranking_loss(logits: Tensor, labels: Tensor, offsets: Tensor, shares: Shares) -> Tensor:
-    """The mix of the three losses.
+def ranker_loss(
+    logits: Tensor, labels: Tensor, offsets: Tensor, shares: Mapping[str, float]
+) -> Tensor:
+    """The mix of the losses.
 
     Args:
         logits: ``[P]``.
         labels: ``[P]`` from 0 to 1, NaN where there is none.
         offsets: ``[Q + 1]`` candidates of each request.
-        shares: weight of each loss; of 0 it is not computed.
+        shares: weight of each of the ``RANKER_LOSSES``; of 0 it is not computed.
 
     Raises:
         ValueError: if the lengths differ, a label is outside 0 .. 1, or a share is negative.
     """
     check(logits, labels, offsets, shares)
-    loss = logits.new_zeros(())
-    if shares.pointwise:
-        loss = loss + shares.pointwise * pointwise_loss(logits, labels)
-    if shares.pairwise or shares.listwise:
-        sets = Sets.of(offsets)
-        if shares.pairwise:
-            loss = loss + shares.pairwise * pairwise_loss(logits, labels, sets)
-        if shares.listwise:
-            loss = loss + shares.listwise * listwise_loss(logits, labels, sets)
+    loss, sets = logits.new_zeros(()), Sets.of(offsets)
+    for name, share in shares.items():
+        if share:
+            loss = loss + share * RANKER_LOSSES[name](logits, labels, sets)
     return loss
 
 
-def pointwise_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def pointwise_loss(logits: Tensor, labels: Tensor, sets: Sets) -> Tensor:
     """Mean cross entropy of the labelled candidates, each counting the same; 0 without any."""
     known = ~labels.isnan()
     total = binary_cross_entropy_with_logits(logits[known], labels[known], reduction="sum")
@@ -97,8 +89,16 @@ def listwise_loss(logits: Tensor, labels: Tensor, sets: Sets) -> Tensor:
     return total / max(1, requests)
 
 
-def check(logits: Tensor, labels: Tensor, offsets: Tensor, shares: Shares) -> None:
-    """Raises ``ValueError`` unless the arguments of ``ranking_loss`` fit together."""
+RANKER_LOSSES: Mapping[str, RankerLoss] = {
+    "pointwise": pointwise_loss,
+    "pairwise": pairwise_loss,
+    "listwise": listwise_loss,
+}
+"""Every loss of rankers by its name; its share is a setting of that name."""
+
+
+def check(logits: Tensor, labels: Tensor, offsets: Tensor, shares: Mapping[str, float]) -> None:
+    """Raises ``ValueError`` unless the arguments of ``ranker_loss`` fit together."""
     if logits.shape != labels.shape or logits.dim() != 1:
         raise ValueError(
             f"expected logits and labels [P], received {tuple(logits.shape)} and "
@@ -108,8 +108,12 @@ def check(logits: Tensor, labels: Tensor, offsets: Tensor, shares: Shares) -> No
         raise ValueError(
             f"expected candidates up to {logits.numel()}, received offsets up to {int(offsets[-1])}"
         )
-    if min(shares) < 0 or sum(shares) == 0:
-        raise ValueError(f"expected shares of at least 0 and one above, received {shares}")
+    unknown = shares.keys() - RANKER_LOSSES.keys()
+    if unknown or min(shares.values()) < 0 or sum(shares.values()) == 0:
+        raise ValueError(
+            f"expected shares of {', '.join(RANKER_LOSSES)} of at least 0 and one above, received "
+            f"{dict(shares)}"
+        )
     if labels.is_cpu and bool(((labels < 0) | (labels > 1)).any()):
         raise ValueError(
             f"expected labels from 0 to 1, received {float(labels.nan_to_num(0).min())} to "

@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from everlong.ops.sets import Sets
-from everlong.training.ranking_losses import (
-    Shares,
+from everlong.training.ranker_losses import (
     listwise_loss,
     pairwise_loss,
     pointwise_loss,
-    ranking_loss,
+    ranker_loss,
 )
 
 NAN = math.nan
 OFFSETS = torch.tensor([0, 3, 3, 4, 8])
 LABELS = torch.tensor([1.0, 0.0, NAN, 1.0, 1.0, 0.5, 0.0, NAN], dtype=torch.float64)
 LOGITS = torch.tensor([0.3, -1.0, 9.0, 2.0, 0.1, 0.4, -0.2, 5.0], dtype=torch.float64)
+
+POINT, PAIR, LIST = {"pointwise": 1.0}, {"pairwise": 1.0}, {"listwise": 1.0}
+MIX = {"pointwise": 1.0, "pairwise": 2.0, "listwise": 3.0}
 
 
 def softplus(x: float) -> float:
@@ -27,7 +29,7 @@ def softplus(x: float) -> float:
 def test_pointwise_is_the_mean_log_loss_of_what_is_labelled() -> None:
     known = [(float(x), float(y)) for x, y in zip(LOGITS, LABELS, strict=True) if y == y]
     expected = sum(softplus(x) - y * x for x, y in known) / len(known)
-    assert float(pointwise_loss(LOGITS, LABELS)) == pytest.approx(expected)
+    assert float(pointwise_loss(LOGITS, LABELS, Sets.of(OFFSETS))) == pytest.approx(expected)
 
 
 def test_pairwise_is_the_mean_over_requests_of_the_mean_over_pairs() -> None:
@@ -51,10 +53,10 @@ def test_listwise_is_the_cross_entropy_to_shares_of_the_labels() -> None:
     assert float(listwise_loss(moved, LABELS, sets)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("shares", [Shares(), Shares(0, 1, 0), Shares(0, 0, 1), Shares(1, 2, 3)])
-def test_what_is_not_labelled_has_no_gradient(shares: Shares) -> None:
+@pytest.mark.parametrize("shares", [POINT, PAIR, LIST, MIX])
+def test_what_is_not_labelled_has_no_gradient(shares: dict[str, float]) -> None:
     logits = LOGITS.clone().requires_grad_()
-    ranking_loss(logits, LABELS, OFFSETS, shares).backward()
+    ranker_loss(logits, LABELS, OFFSETS, shares).backward()
     assert logits.grad is not None
     assert bool((logits.grad[LABELS.isnan()] == 0).all())
     assert bool(logits.grad.isfinite().all())
@@ -65,9 +67,9 @@ def test_what_is_not_labelled_has_no_gradient(shares: Shares) -> None:
 def test_requests_that_say_nothing_of_an_order_are_nothing(labels: list[float]) -> None:
     logits = torch.tensor([1.0, -1.0], requires_grad=True)
     values, offsets = torch.tensor(labels), torch.tensor([0, 2])
-    loss = ranking_loss(logits, values, offsets, Shares(0, 1, 0))
+    loss = ranker_loss(logits, values, offsets, PAIR)
     assert float(loss) == 0
-    mixed = ranking_loss(logits, values, offsets, Shares(1, 1, 1))
+    mixed = ranker_loss(logits, values, offsets, MIX)
     mixed.backward()
     assert logits.grad is not None
     assert bool(logits.grad.isfinite().all())
@@ -75,10 +77,12 @@ def test_requests_that_say_nothing_of_an_order_are_nothing(labels: list[float]) 
 
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"expected logits and labels \[P\]"):
-        ranking_loss(LOGITS, LABELS[:2], OFFSETS, Shares())
+        ranker_loss(LOGITS, LABELS[:2], OFFSETS, POINT)
     with pytest.raises(ValueError, match="received offsets up to 7"):
-        ranking_loss(LOGITS, LABELS, torch.tensor([0, 7]), Shares())
-    with pytest.raises(ValueError, match="shares of at least 0 and one above"):
-        ranking_loss(LOGITS, LABELS, OFFSETS, Shares(0, 0, 0))
+        ranker_loss(LOGITS, LABELS, torch.tensor([0, 7]), POINT)
+    with pytest.raises(ValueError, match="of at least 0 and one above, received"):
+        ranker_loss(LOGITS, LABELS, OFFSETS, {"pairwise": 0.0})
+    with pytest.raises(ValueError, match="expected shares of pointwise"):
+        ranker_loss(LOGITS, LABELS, OFFSETS, {"hinge": 1.0})
     with pytest.raises(ValueError, match="labels from 0 to 1"):
-        ranking_loss(LOGITS, LABELS * 5, OFFSETS, Shares())
+        ranker_loss(LOGITS, LABELS * 5, OFFSETS, POINT)
