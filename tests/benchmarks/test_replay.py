@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 import everlong
 from everlong import TEMPORAL, Events, read_events
 from everlong.client import Client
