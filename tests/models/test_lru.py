@@ -1,6 +1,5 @@
 import importlib.util
 import math
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -263,27 +262,6 @@ def test_the_laws_hold(dtype: torch.dtype) -> None:
     report = check_model(small(), num_users=6, max_events=20, long_events=3000, dtype=dtype)
     assert report.exempt == {}
     assert set(report.kept) == set(range(1, 8))
-
-
-def test_a_step_costs_the_same_after_any_history() -> None:
-    model = LRU(LRUConfig(num_items=50, dim=16, channels=16)).eval()
-    event = Batch.one_event_each(torch.tensor([3]), torch.tensor([0]))
-    states = []
-    with torch.no_grad():
-        for length in (1, 20_000):
-            history = Batch.from_histories([list(range(50)) * (length // 50) or [1]])
-            states.append(model.encode(history)[1])
-        for state in states:
-            model.step(event, state)
-        best = [math.inf, math.inf]
-        # in turns, and the fastest of many: what else runs on the machine hits both
-        for _ in range(300):
-            for which, state in enumerate(states):
-                began = time.perf_counter()
-                model.step(event, state)
-                best[which] = min(best[which], time.perf_counter() - began)
-    assert bytes_per_user(states[0]) == bytes_per_user(states[1])
-    assert best[1] < 1.5 * best[0]
 
 
 def test_the_recurrent_state_is_wide_under_narrow_products() -> None:

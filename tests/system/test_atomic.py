@@ -172,7 +172,6 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there(tmp_path: Path) -> Non
     with new_folder(tmp_path / "folder") as folder:
         for part in "abc":
             (folder / part).write_text("0" * 1000)
-    left_behind = 0
     for turn in range(8):
         process = subprocess.Popen([sys.executable, "-c", WRITER, atomic.__file__, str(tmp_path)])
         began, before = time.monotonic(), (tmp_path / "file").stat().st_mtime_ns
@@ -189,7 +188,6 @@ def test_killed_at_any_moment_the_old_or_the_new_is_there(tmp_path: Path) -> Non
         texts = {(tmp_path / "folder" / part).read_text() for part in "abc"}
         assert len(texts) == 1
         assert len(texts.pop()) == 1000
-        left_behind += len(names(tmp_path)) - 2
     # what was left behind goes once it is old, and not before
     kept = names(tmp_path)
     write_bytes(tmp_path / "file", b"")

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -252,27 +251,33 @@ def test_resume_without_a_checkpoint_begins_at_the_start(tmp_path: Path) -> None
 
 
 KILLED = """
-import sys
+import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import tests.conftest
 from tests.training.test_next_item import dataset_of, lru, score, settings
 from everlong.training.next_item import train
-train(lru(), dataset_of(), settings(epochs=20), validate=score, folder=Path({folder!r}))
+calls = 0
+def score_or_wait(model):
+    global calls
+    calls += 1
+    if calls == 4:
+        print("three epochs are stored", flush=True)
+        time.sleep(3_600)
+    return score(model)
+train(lru(), dataset_of(), settings(epochs=8), validate=score_or_wait, folder=Path({folder!r}))
 """
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    config = settings(epochs=20)
+    config = settings(epochs=8)
     code = KILLED.format(tests=str(Path(__file__).parents[2]), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 120
-    while not (tmp_path / FILE).exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"three epochs are stored\n"
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     fresh = lru(seed=99)
     result = train(fresh, dataset_of(), config, validate=score, folder=tmp_path, resume=True)
     model = lru()
