@@ -1,4 +1,4 @@
-"""Known vulnerabilities of the versions in constraints.txt; without network it says so and passes."""
+"""Known vulnerabilities of the versions in constraints.txt; without network says so, passes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMMAND = ["--requirement", "constraints.txt", "--no-deps", "--disable-pip", "--
 
 
 def main() -> int:
-    """0 if nothing is known or no list was reached, 1 if something is known, 2 if the tool failed."""
+    """0 if nothing is known or no list was reached, 1 if something is known, 2 on a failure."""
     tool = Path(sys.executable).with_name("pip-audit")
     run = subprocess.run(  # noqa: S603 (the command is our own)
         [tool, *COMMAND, "--progress-spinner", "off"], capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""Items as text: what their words are worth to warm items and to items nobody has touched.
+"""Items as text: what their words are worth to warm items and to items without an event.
 
     python benchmarks/item_text.py run ml-1m "lru, id + text" --seed 0   # warm items
     python benchmarks/item_text.py cold ml-1m --seed 0                   # 20 % of items held out
@@ -12,7 +12,7 @@ what is learned is their projection. Warm items: the protocols and budgets of ``
 Cold items: a fifth of the items, drawn at random, and all their events are taken out of the log;
 what is left of each history up to nine tenths of it is trained on. Then the held-out items are
 added by their texts, and every event with one in the last tenth of a history is a target, ranked
-among the held-out items alone, without those that the user had before where nobody has an item
+among the held-out items alone, without those that the user had before where no user has an item
 twice. The cut is at nine tenths of each history, not at one time: others' events may be later.
 Ties are broken at random. Means over targets of a user, then over users, 95 % bootstrap.
 """
@@ -356,7 +356,7 @@ def measured_among(case: ColdCase, users: pl.Series, draws: Sequence[np.ndarray]
     had[owner, item] = False
     names, found = ("NDCG@10", "HitRate@10", "MRR@10"), []
     for number, scores in enumerate(draws):
-        # the order of equal scores is anybody's: a jitter below all differences decides
+        # equal scores have no order of their own: a jitter below all differences decides
         jitter = np.random.default_rng(number).permuted(
             np.broadcast_to(np.arange(scores.shape[1]), scores.shape), axis=1
         )

@@ -65,7 +65,7 @@ def test_a_window_bounds_what_is_read_and_keeps_the_labels(
     assert (cut.stop == whole.stop).all()
 
 
-def test_nobody_is_trained_on_and_tested(script: ModuleType) -> None:
+def test_no_user_is_in_training_and_in_test(script: ModuleType) -> None:
     most = {
         d: max(s.users for s in script.STAGES if d in s.distances) for d in (30, 100, 300, 1000)
     }

@@ -1,4 +1,4 @@
-"""The load generator: a server that stands still is seen by all who would have waited for it."""
+"""The load generator: a stall of the server is in the latency of every request due in it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load(generator: Any, seconds: float = 1.0) -> Any:
     return generator.Load(due, [REQUEST] * len(due))
 
 
-def test_a_stall_is_in_the_latencies_of_all_who_were_due_in_it(generator: Any) -> None:
+def test_a_stall_is_in_the_latency_of_every_request_due_in_it(generator: Any) -> None:
     with server(stall_at=50) as port:
         answers = generator.send(port, load(generator), ready=4)
     assert answers.good.all()
@@ -95,7 +95,7 @@ def test_refusals_are_counted_apart(generator: Any) -> None:
 
 
 def test_what_is_never_answered_is_given_up(generator: Any) -> None:
-    # connections are taken by the system, and nobody reads them
+    # the system takes the connections, and no process reads them
     with socket.create_server(("127.0.0.1", 0), backlog=256) as deaf:
         answers = generator.send(
             deaf.getsockname()[1], load(generator, seconds=0.2), timeout=0.3, connections=8, ready=2
@@ -104,7 +104,7 @@ def test_what_is_never_answered_is_given_up(generator: Any) -> None:
     assert (answers.latency >= 0.3).all()
 
 
-def test_where_nobody_listens_all_fails(generator: Any) -> None:
+def test_without_a_server_every_request_fails(generator: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as once:
         port = once.getsockname()[1]
     answers = generator.send(port, load(generator, seconds=0.2), ready=0)

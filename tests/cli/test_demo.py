@@ -17,7 +17,7 @@ TINY = Demo(
 )
 
 
-def test_every_stage_is_told(tmp_path: Path) -> None:
+def test_every_stage_is_printed(tmp_path: Path) -> None:
     lines: list[str] = []
     run_demo(TINY, tmp_path, seed=1, say=lines.append)
     text = "\n".join(lines)

@@ -231,7 +231,7 @@ def test_patience_ends(url: str) -> None:
 
 
 def test_a_slow_service_is_left_in_time(url: str) -> None:
-    # it never answers: nobody accepts
+    # no process accepts, so no answer comes
     with socket.create_server(("127.0.0.1", 0)) as listener:
         near = f"http://127.0.0.1:{listener.getsockname()[1]}"
         with (
@@ -271,7 +271,7 @@ def test_what_is_wrong_is_named(client: Client, url: str) -> None:
         other.model()
 
 
-def test_the_key_is_sent_and_never_told(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent_and_never_shown(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY, SECRET)
     with Client(url) as client:
         assert client.model().items == ITEMS
@@ -287,10 +287,10 @@ def test_the_key_is_sent_and_never_told(url: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", ["a b", "a?b=1", "%2e", "...", "é#", "\x00", "a/b", "/", "{}"])
 def test_any_id_can_be_read_and_erased(client: Client, name: str) -> None:
-    client.send([event(name, 1), event("somebody else", 1)])
+    client.send([event(name, 1), event("another", 1)])
     assert client.user(name).user_id == name
     assert client.erase(name) == 1
-    assert client.user("somebody else").events == 1
+    assert client.user("another").events == 1
 
 
 def test_a_date_says_when_to_come_back() -> None:

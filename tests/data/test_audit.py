@@ -115,7 +115,7 @@ def test_warnings_name_what_is_wrong_with_a_log():
     assert not [w for w in clean.warnings if "repeat" not in w]
 
 
-def test_skipped_rows_and_finer_times_are_told():
+def test_skipped_rows_and_finer_times_are_reported():
     frame = pl.DataFrame(
         {
             "user_id": [1, 1, 1, None],

@@ -56,16 +56,16 @@ def test_written_and_opened_events_are_the_same_and_memory_mapped(tmp_path, even
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
 
 
-def test_events_of_nobody_can_be_written(tmp_path):
-    nobody = Events(
+def test_no_events_can_be_written(tmp_path):
+    none = Events(
         items=np.zeros(0, np.int32),
         times=np.zeros(0, np.int64),
         offsets=np.zeros(1, np.int64),
         user_ids=IdMap.from_values([]),
         item_ids=IdMap.from_values([]),
     )
-    write_event_cache(nobody, tmp_path / "cache")
-    assert_same(nobody, open_event_cache(tmp_path / "cache", verify=True))
+    write_event_cache(none, tmp_path / "cache")
+    assert_same(none, open_event_cache(tmp_path / "cache", verify=True))
 
 
 def test_an_existing_folder_is_never_overwritten(tmp_path, events):

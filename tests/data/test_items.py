@@ -142,8 +142,8 @@ def test_vectors_are_joined_by_name_in_the_rows_of_a_catalogue() -> None:
     joined = table.joined_vectors(catalogue)
     assert joined.dtype == np.float32
     assert joined.tolist() == [[0, 5, 5], [0, 0, 0], [0, 5, 0], [0, 5, 1]]
-    nobody = read_items(frame.head(0), IdMap.from_values(np.int64([])), vectors=[])
+    empty = read_items(frame.head(0), IdMap.from_values(np.int64([])), vectors=[])
     with pytest.raises(ValueError, match="expected items with vectors, received none"):
-        nobody.joined_vectors(catalogue)
+        empty.joined_vectors(catalogue)
     with pytest.raises(ValueError, match="ids of this log are Int64, received String"):
         table.joined_vectors(IdMap.from_values(["5"]))

@@ -336,15 +336,3 @@ def test_mixed_dtypes_are_refused() -> None:
     one = torch.zeros(1, 1, 1)
     with pytest.raises(ValueError, match="of one dtype"):
         pointwise_attention(one.double(), one, one, [])
-
-
-def test_no_function_is_compiled_twice() -> None:
-    """Numba's cache on disk would load the first of the two for both."""
-    fused = module.fused
-    for one, two in (
-        (fused._activate, fused._activate_alone),
-        (fused._differentiate, fused._differentiate_alone),
-    ):
-        assert one.py_func.__qualname__ != two.py_func.__qualname__
-        assert one.targetoptions.get("parallel")
-        assert not two.targetoptions.get("parallel")

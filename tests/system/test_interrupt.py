@@ -11,7 +11,7 @@ def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_one_press_is_told_and_nothing_else() -> None:
+def test_one_press_sets_the_flag_and_raises_nothing() -> None:
     before = signal.getsignal(signal.SIGINT)
     with deferred_interrupt() as pressed:
         assert not pressed()
@@ -30,7 +30,7 @@ def test_a_second_press_stops_at_once() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_the_handler_comes_back_after_an_error() -> None:
+def test_an_error_restores_the_handler() -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="stopped"), deferred_interrupt():
         raise Interrupted("stopped")
@@ -50,20 +50,20 @@ def test_blocks_may_be_nested() -> None:
         assert outer()
 
 
-def test_another_thread_runs_without_it() -> None:
-    told: list[bool] = []
+def test_another_thread_installs_no_handler() -> None:
+    found: list[bool] = []
 
     def work() -> None:
         with deferred_interrupt() as pressed:
-            told.append(pressed())
+            found.append(pressed())
 
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert told == [False]
+    assert found == [False]
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_interrupted_is_no_error_that_a_broad_handler_of_values_would_take() -> None:
+def test_interrupted_is_no_value_error_os_error_or_keyboard_interrupt() -> None:
     assert not issubclass(Interrupted, ValueError | OSError | KeyboardInterrupt)

@@ -201,7 +201,7 @@ def test_two_processes_use_one_cache(tmp_path: Path) -> None:
     assert np.array_equal(found.vectors, Hashes().encode(many()).vectors)
 
 
-def test_a_file_of_somebody_else_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path: Path) -> None:
     other = tmp_path / "other.sqlite"
     change(other, "CREATE TABLE mine (value)")
     text = tmp_path / "notes.txt"
