@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import everlong
-from everlong.data.events import read_events, to_catalogue
+from everlong.data.events import read_events, restrict_to_catalogue
 from everlong.data.ids import IdMap
 from everlong.models import state as states
 from everlong.models.batch import Batch
@@ -132,7 +132,7 @@ def test_an_update_equals_reading_the_whole_log(
     assert (report.events, report.users, report.new_users) == (4, 3, 1)
     assert (report.unknown_items, report.late, dict(report.skipped)) == (0, 0, {})
 
-    known, _ = to_catalogue(read_events(pl.concat([frame, new])), recommender.item_ids)
+    known, _ = restrict_to_catalogue(read_events(pl.concat([frame, new])), recommender.item_ids)
     again = Recommender(recommender.model, recommender.item_ids, recommender.origin)
     again.users.add(known.user_ids.ids(range(known.num_users)))
     read_into(again.model, again.users, known)
