@@ -45,8 +45,10 @@ from everlong.recommender.origin import Origin
 from everlong.recommender.recommender import Recommender
 from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
-from everlong.server.store import checksum, log
-from everlong.server.store.log import Event, EventLog
+from everlong.server.store import checksum, log, sqlite_log
+from everlong.server.store.log import Event
+from everlong.server.store.service_file import About, write_about
+from everlong.server.store.sqlite_log import SqliteLog
 from everlong.training.settings import TrainConfig
 from open_loop import Answers, Load, arrivals, percentiles_ms, send, summary
 from record import RESULTS, write_result
@@ -142,14 +144,14 @@ def _cumulated(count: int, power: float) -> np.ndarray:
 def log_folder(users: int, items: int, events: int) -> Path:
     """A data folder with a log and no states; every user has one of the events at least."""
     # one that other code wrote is made anew
-    sources = (Path(module.__file__ or "").read_bytes() for module in (log, checksum))
+    sources = (Path(module.__file__ or "").read_bytes() for module in (log, sqlite_log, checksum))
     code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
     folder = RUNS / f"log-{users}-{items}-{events}-{code}"
     if folder.exists():
         return folder
     making = folder.with_suffix(".part")
     shutil.rmtree(making, ignore_errors=True)
-    written = EventLog(making / "shard-0000.sqlite")
+    written = SqliteLog(making / "shard-0000.sqlite")
     traffic = Traffic(users, items, seed=1)
     who = names("u", np.arange(users)) + traffic.users(events - users)
     group: list[Event] = []
@@ -160,8 +162,7 @@ def log_folder(users: int, items: int, events: int) -> Path:
             group = []
     written.checkpoint()
     written.close()
-    about = {"version": 1, "shards": 1, "asked": "", "live": None, "previous": None, "hidden": []}
-    (making / "service.json").write_text(json.dumps(about))
+    write_about(making, About(shards=1))
     making.rename(folder)
     return folder
 

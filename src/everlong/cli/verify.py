@@ -16,7 +16,8 @@ def verify_log(
     data_dir: Annotated[Path, typer.Argument(help="A data folder of the service, in use or not.")],
 ) -> None:
     """Reads every event that a service keeps and checks that it is what was written."""
-    from everlong.server.store.log import DamagedError, LogReader
+    from everlong.server.store.log import DamagedError
+    from everlong.server.store.sqlite_log import SqliteReader
 
     paths = sorted(data_dir.glob("shard-*.sqlite"))
     if not paths:
@@ -25,7 +26,7 @@ def verify_log(
         )
     for path in paths:
         try:
-            with closing(LogReader(path)) as log:
+            with closing(SqliteReader(path)) as log:
                 typer.echo(f"{path.name}: {log.verify():,} events as they were written")
         except DamagedError as error:
             typer.echo(f"error: {error}", err=True)

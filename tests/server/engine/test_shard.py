@@ -12,8 +12,10 @@ import pytest
 import torch
 from tests.server_writer import ITEMS, check_against_log, opened
 
-from everlong.server.engine.shard import FullError, Shard
-from everlong.server.store.log import DamagedError, Event, EventLog
+from everlong.server.engine.shard import Shard
+from everlong.server.engine.write_queue import FullError
+from everlong.server.store.log import DamagedError, Event
+from everlong.server.store.sqlite_log import SqliteLog
 from everlong.server.store.state_table import StateTable
 
 
@@ -78,7 +80,7 @@ def test_damaged_states_are_rebuilt_and_a_damaged_log_is_refused(tmp_path: Path)
     shard.close()
     connection.execute("UPDATE events SET item_id=item_id+1 WHERE offset=7")
     connection.commit()
-    log = EventLog(path)
+    log = SqliteLog(path)
     with pytest.raises(DamagedError, match="offset 7"):
         log.verify()
     connection.execute("DELETE FROM events WHERE offset=7")
@@ -145,12 +147,12 @@ def test_a_disk_that_refuses_is_told_and_nothing_is_acknowledged(
 ) -> None:
     shard = opened(tmp_path / "shard.sqlite")
     shard.submit(some_events(5)).result()
-    shard.log.connection.execute("PRAGMA query_only=ON")
+    shard.log.file.connection.execute("PRAGMA query_only=ON")
     with pytest.raises(OSError, match="cannot be written"):
         shard.submit(some_events(5, seed=1)).result()
     assert not shard.writable
     assert shard.log.total.events == 5
-    shard.log.connection.execute("PRAGMA query_only=OFF")
+    shard.log.file.connection.execute("PRAGMA query_only=OFF")
     assert all(r.new for r in shard.submit(some_events(5, seed=1)).result())
     assert shard.writable
     check_against_log(arena_of(shard), shard.log)

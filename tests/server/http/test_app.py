@@ -209,7 +209,7 @@ def test_health_and_metrics(client: TestClient, service: Service) -> None:
     assert "everlong_applied_events_total 1.0" in text
     assert "everlong_repeated_events_total 1.0" in text
     assert 'route="/v1/events",status="200"' in text
-    service.shards[0].writable = False
+    service.shards[0].writer.writable = False
     assert client.get("/readyz").status_code == 503
     schema = client.get("/openapi.json").json()
     assert {"/v1/events", "/v1/recommend", "/v1/rank"} <= set(schema["paths"])

@@ -366,7 +366,7 @@ def test_keys(page: Page, folder: Path, tmp_path: Path) -> None:
         page.tab_to("item")
         page.press(Press.CONTROL + "a", "i01", Press.ENTER)
         page.said("on disk")
-        service.shards[0].writable = False
+        service.shards[0].writer.writable = False
         page.driver.refresh()
         page.until(lambda: page.texts(".lamp") == ["live", "not ready: events cannot be written"])
         assert "all" not in page.driver.current_url

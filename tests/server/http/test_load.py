@@ -20,7 +20,7 @@ if not hasattr(os, "sched_setaffinity"):
     pytest.skip("cores cannot be chosen here", allow_module_level=True)
 from tests.forms import forms
 
-from everlong.server.store.log import LogReader
+from everlong.server.store.sqlite_log import SqliteReader
 
 ITEMS, USERS, HISTORY = 2_000, 200, 1_000
 OVERLOAD, SECONDS = 9_000.0, 1.5
@@ -48,11 +48,12 @@ def event_ids(requests: list[bytes]) -> list[str]:
 
 def stored(data: Path, names: list[str]) -> list[bool]:
     """Which events are in a log, which is whole."""
-    with closing(LogReader(data / "shard-0000.sqlite")) as log:
+    with closing(SqliteReader(data / "shard-0000.sqlite")) as log:
         log.verify()
         ask = "SELECT COUNT(*) FROM events WHERE event_key=?"
         return [
-            log.connection.execute(ask, (log.key_of(name),)).fetchone()[0] == 1 for name in names
+            log.file.connection.execute(ask, (log.key_of(name),)).fetchone()[0] == 1
+            for name in names
         ]
 
 
@@ -67,7 +68,7 @@ def test_a_load_is_answered_and_nothing_of_it_is_lost(bench: Any, seconds: str) 
         names = [name for name in event_ids(load.requests) if name]
         assert len(names) == are_events.sum() > 40 * float(seconds)
         assert all(stored(data, names))
-        with closing(LogReader(data / "shard-0000.sqlite")) as log:
+        with closing(SqliteReader(data / "shard-0000.sqlite")) as log:
             assert log.total.events == HISTORY + len(names)
 
 

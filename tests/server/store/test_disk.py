@@ -15,7 +15,8 @@ import pytest
 from tests.server_writer import check_against_log, opened
 
 from everlong.server.engine.shard import Shard
-from everlong.server.store.log import Event, EventLog, LogReader
+from everlong.server.store.log import Event
+from everlong.server.store.sqlite_log import SqliteLog, SqliteReader
 
 SMALL = 1 << 21
 """Bytes that the disk has."""
@@ -81,7 +82,7 @@ def check_full(folder: Path, free: Callable[[], object]) -> None:
         assert shard.log.total.events == len(told)
         (states,) = shard.tables.values()
         assert check_against_log(states, shard.log) == len(told)
-        with closing(LogReader(path)) as beside:
+        with closing(SqliteReader(path)) as beside:
             assert beside.verify() == len(told)
         free()
         # it is ready again without a further request
@@ -94,7 +95,7 @@ def check_full(folder: Path, free: Callable[[], object]) -> None:
         check_against_log(states, shard.log)
     finally:
         shard.close()
-    with closing(EventLog(path)) as log:
+    with closing(SqliteLog(path)) as log:
         assert log.verify() == len(told) + 40
         offset_of = {event.event_key: event.offset for event in log.after(0, 10**6)}
         assert all(offset_of[log.key_of(name)] == offset for name, offset in told.items())
@@ -135,26 +136,26 @@ def test_a_full_disk_while_a_user_is_erased(small_disk: Path) -> None:
 
 def test_a_read_only_disk_is_told(small_disk: Path) -> None:
     path = small_disk / "shard.sqlite"
-    with closing(EventLog(path)) as log:
+    with closing(SqliteLog(path)) as log:
         log.append(group(0))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=r"cannot be|Read-only"):
-        EventLog(path)
+        SqliteLog(path)
     with pytest.raises(OSError, match="Read-only"):
-        EventLog(small_disk / "new" / "shard.sqlite")
+        SqliteLog(small_disk / "new" / "shard.sqlite")
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    with closing(EventLog(path)) as log:
+    with closing(SqliteLog(path)) as log:
         assert log.verify() == 40
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write what is read-only")
 def test_a_read_only_file_is_told(tmp_path: Path) -> None:
     path = tmp_path / "shard.sqlite"
-    with closing(EventLog(path)) as log:
+    with closing(SqliteLog(path)) as log:
         log.append(group(0))
     path.chmod(0o400)
     with pytest.raises(OSError, match="cannot be"):
-        EventLog(path).append(group(1))
+        SqliteLog(path).append(group(1))
     path.chmod(0o600)
-    with closing(EventLog(path)) as log:
+    with closing(SqliteLog(path)) as log:
         assert log.verify() == 40

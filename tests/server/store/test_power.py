@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import pytest
 from tests.forms import forms
 
-from everlong.server.store.log import DamagedError, Event, EventLog
+from everlong.server.store.log import DamagedError, Event
+from everlong.server.store.sqlite_log import SqliteLog
+from everlong.server.store.sqlite_states import SqliteStates
+from everlong.server.store.state_store import Mark
 
 apsw = pytest.importorskip("apsw")
 
@@ -151,6 +154,10 @@ class Connection:
             known.sqlite_errorcode = sqlite3.SQLITE_IOERR
             raise known from error
 
+    def executemany(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        for row in rows:
+            self.execute(statement, row)
+
     @property
     def in_transaction(self) -> bool:
         return bool(self.inner.in_transaction)
@@ -165,7 +172,7 @@ class Known(NamedTuple):
     offsets: dict[str, int]
     erased: frozenset[str]
     states: dict[str, bytes]
-    mark: bytes | None
+    mark: Mark | None
 
 
 @dataclass
@@ -188,12 +195,10 @@ def recorded() -> Iterator[Tape]:
     folder.unregister()
 
 
-def story(
-    path: Path, seed: int, *, synchronous: str = "FULL", lazily: bool = False, length: int = 60
-) -> Story:
+def story(path: Path, seed: int, *, synchronous: str = "FULL", length: int = 60) -> Story:
     """Appends, repeats, states, checkpoints, erasures and restarts at random.
 
-    States are written ``lazily`` as the service does it: without waiting for the disk.
+    States are written without waiting for the disk.
     """
     draw = random.Random(seed)
     with recorded() as tape:
@@ -205,9 +210,8 @@ def story(
                 case 0:
                     certain = _append(log, draw, found, known, step)
                 case 1:
-                    log.connection.execute(f"PRAGMA synchronous={'NORMAL' if lazily else 'FULL'}")
-                    known, certain = _write_states(log, draw, known, step), not lazily
-                    log.connection.execute(f"PRAGMA synchronous={synchronous}")
+                    known, certain = _write_states(log, draw, known, step), False
+                    log.file.connection.execute(f"PRAGMA synchronous={synchronous}")
                 case 2:
                     log.checkpoint()
                 case 3:
@@ -222,13 +226,13 @@ def story(
     return found
 
 
-def _opened(path: Path, synchronous: str) -> EventLog:
-    log = EventLog(path, connect=Connection)  # type: ignore[arg-type]
-    log.connection.execute(f"PRAGMA synchronous={synchronous}")
+def _opened(path: Path, synchronous: str) -> SqliteLog:
+    log = SqliteLog(path, connect=Connection)  # type: ignore[arg-type]
+    log.file.connection.execute(f"PRAGMA synchronous={synchronous}")
     return log
 
 
-def _append(log: EventLog, draw: random.Random, found: Story, known: Known, step: int) -> bool:
+def _append(log: SqliteLog, draw: random.Random, found: Story, known: Known, step: int) -> bool:
     """Whether anything was new; else nothing was written."""
     group = [
         Event(f"{step}-{n}", f"u{draw.randrange(6)}", n, step, {"x": n} if n % 3 else {})
@@ -244,24 +248,22 @@ def _append(log: EventLog, draw: random.Random, found: Story, known: Known, step
     return news
 
 
-def _write_states(log: EventLog, draw: random.Random, known: Known, step: int) -> Known:
-    mark = str(step).encode()
-    with log.transaction():
-        for user in draw.sample(range(6), 3):
-            record = draw.randbytes(draw.choice([80, 3_000]))
-            known.states[f"u{user}"] = record
-            log.connection.execute(
-                "INSERT OR REPLACE INTO states VALUES (?,?,?)", ("m", f"u{user}", record)
-            )
-        log.put_fact("watermark m", mark)
-    return known._replace(mark=mark)
+def _write_states(log: SqliteLog, draw: random.Random, known: Known, step: int) -> Known:
+    records = [(f"u{user}", draw.randbytes(draw.choice([80, 3_000]))) for user in range(6)]
+    records = draw.sample(records, 3)
+    mark = Mark(step, draw.random() < 0.5)
+    SqliteStates(log).write("m", records, mark)
+    return known._replace(states=known.states | dict(records), mark=mark)
 
 
-def _erase(log: EventLog, draw: random.Random, found: Story, known: Known) -> Known:
+def _erase(log: SqliteLog, draw: random.Random, found: Story, known: Known) -> Known:
     user = f"u{draw.randrange(6)}"
+    SqliteStates(log).erase(user)
+    states = {name: record for name, record in known.states.items() if name != user}
+    known = known._replace(states=states)
+    found.steps.append((len(found.tape.acts), known))
     log.erase(user)
     gone = {name for name in known.offsets if found.events[name].user_id == user}
-    known.states.pop(user, None)
     offsets = {name: offset for name, offset in known.offsets.items() if name not in gone}
     return known._replace(offsets=offsets, erased=known.erased | gone)
 
@@ -334,7 +336,7 @@ def check_disk(files: dict[str, bytes], folder: Path, told: Story, cut: int) -> 
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    log = EventLog(folder / "shard.sqlite")
+    log = SqliteLog(folder / "shard.sqlite")
     try:
         assert log.verify() == log.total.events
         name_of = {log.key_of(name): name for name in told.events}
@@ -343,12 +345,12 @@ def check_disk(files: dict[str, bytes], folder: Path, told: Story, cut: int) -> 
             whole = (event.user_id, event.item_id, event.time, dict(event.fields))
             own = told.events[name]
             assert whole == (own.user_id, own.item_id, own.time, dict(own.fields))
-        run = log.connection.execute
+        run, states = log.file.connection.execute, SqliteStates(log)
         found = Known(
             {name: event.offset for name, event in stored.items()},
             frozenset(name_of[key] for (key,) in run("SELECT event_key FROM erased")),
-            dict(run("SELECT user_id, record FROM states WHERE model='m'").fetchall()),
-            log.fact("watermark m"),
+            {user: record for some in states.records("m", 4) for user, record in some},
+            states.mark("m"),
         )
         last = max(n for n, (acts, _) in enumerate(told.steps) if acts <= cut)
         certain = max(n for n in told.certain if n <= last)
@@ -377,7 +379,7 @@ def test_nothing_that_was_acknowledged_is_lost(tmp_path: Path, cuts: str) -> Non
     for seed in range(stories):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        told = story(folder / "shard.sqlite", seed, lazily=seed % 2 == 1)
+        told = story(folder / "shard.sqlite", seed)
         for n, (cut, files) in enumerate(cuts_of(told, -(-int(cuts) // stories), seed)):
             check_disk(files, folder / f"cut-{n}", told, cut)
 
@@ -420,7 +422,7 @@ def test_what_was_refused_while_it_was_made_durable_is_known_when_it_comes_again
         folder.mkdir()
         for name, data in disk_after(tape, refused, random.Random(n)).items():
             (folder / name).write_bytes(data)
-        log = EventLog(folder / "shard.sqlite")
+        log = SqliteLog(folder / "shard.sqlite")
         found.add(log.verify())
         receipts = log.append([*first, *group])
         assert [receipt.offset for receipt in receipts] == [1, 2, 3]

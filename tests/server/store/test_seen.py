@@ -13,20 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everlong.data.ids import IdMap
-from everlong.server.store.log import Event, EventLog
+from everlong.server.store.log import Event
 from everlong.server.store.seen import ROWS_EACH, Seen
+from everlong.server.store.sqlite_log import SqliteLog
 
 CATALOGUE = IdMap(pl.Series([f"i{number:02d}" for number in range(20)]))
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[EventLog]:
-    written = EventLog(tmp_path / "log.sqlite")
+def log(tmp_path: Path) -> Iterator[SqliteLog]:
+    written = SqliteLog(tmp_path / "log.sqlite")
     yield written
     written.close()
 
 
-def append(log: EventLog, user: str, *items: int) -> None:
+def append(log: SqliteLog, user: str, *items: int) -> None:
     first = log.total.last
     log.append([Event(f"{first + n}", user, f"i{item:02d}", 0) for n, item in enumerate(items)])
 
@@ -35,8 +36,8 @@ def rows(seen: Seen, user: str) -> list[int]:
     return [int(row) for row in seen.rows(user, CATALOGUE)]
 
 
-def test_what_comes_later_is_added_in_its_place(log: EventLog) -> None:
-    seen = Seen(lambda _: log.path)
+def test_what_comes_later_is_added_in_its_place(log: SqliteLog) -> None:
+    seen = Seen(lambda _: log)
     assert rows(seen, "a") == []
     append(log, "a", 7, 3, 7)
     append(log, "b", 1)
@@ -62,8 +63,8 @@ def test_what_comes_later_is_added_in_its_place(log: EventLog) -> None:
 def test_it_is_what_the_log_says(
     steps: list[Any], capacity: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    log = EventLog(tmp_path_factory.mktemp("seen") / "log.sqlite")
-    seen = Seen(lambda _: log.path, capacity=capacity)
+    log = SqliteLog(tmp_path_factory.mktemp("seen") / "log.sqlite")
+    seen = Seen(lambda _: log, capacity=capacity)
     try:
         for step, user, items in steps:
             if step == "append" and items:
@@ -80,8 +81,8 @@ def test_it_is_what_the_log_says(
         log.close()
 
 
-def test_rows_are_those_of_the_catalogue_that_asks(log: EventLog) -> None:
-    seen = Seen(lambda _: log.path)
+def test_rows_are_those_of_the_catalogue_that_asks(log: SqliteLog) -> None:
+    seen = Seen(lambda _: log)
     append(log, "a", 7, 3)
     assert rows(seen, "a") == [3, 7]
     other = IdMap(pl.Series(["i07", "i30"]))
@@ -90,8 +91,8 @@ def test_rows_are_those_of_the_catalogue_that_asks(log: EventLog) -> None:
     seen.close()
 
 
-def test_no_more_is_kept_than_is_allowed(log: EventLog) -> None:
-    seen = Seen(lambda _: log.path, capacity=2 * (ROWS_EACH + 2) + 1)
+def test_no_more_is_kept_than_is_allowed(log: SqliteLog) -> None:
+    seen = Seen(lambda _: log, capacity=2 * (ROWS_EACH + 2) + 1)
     for user in "abc":
         append(log, user, 1, 2)
         rows(seen, user)
@@ -108,9 +109,9 @@ def test_no_more_is_kept_than_is_allowed(log: EventLog) -> None:
     seen.close()
 
 
-def test_who_is_erased_while_being_read_is_not_kept(log: EventLog) -> None:
+def test_who_is_erased_while_being_read_is_not_kept(log: SqliteLog) -> None:
     append(log, "a", 1, 2)
-    seen = Seen(lambda _: log.path)
+    seen = Seen(lambda _: log)
     reading = seen._log("a")
 
     class Slow:
@@ -122,9 +123,9 @@ def test_who_is_erased_while_being_read_is_not_kept(log: EventLog) -> None:
             seen.forget("a")
             return found
 
-    seen._logs[log.path] = Slow()  # type: ignore[assignment]
+    seen._logs[log] = Slow()  # type: ignore[assignment]
     assert rows(seen, "a") == [1, 2]
     assert len(seen) == 0
-    seen._logs[log.path] = reading
+    seen._logs[log] = reading
     assert rows(seen, "a") == []
     seen.close()

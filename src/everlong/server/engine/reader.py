@@ -17,7 +17,7 @@ from everlong.inference.catalogue import NOTHING
 from everlong.models.state import State
 from everlong.server.engine.priority import step_back
 from everlong.server.engine.served_model import Listed, ServedModel, Wanted
-from everlong.server.engine.shard import FullError
+from everlong.server.engine.write_queue import FullError
 from everlong.server.store.log import Id
 from everlong.server.store.seen import Seen
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from pathlib import Path
@@ -31,19 +30,24 @@ from everlong.server.store.log import (
     DamagedError,
     Event,
     Id,
-    LogReader,
     Receipt,
     Stored,
-    make_folder,
 )
 from everlong.server.store.seen import Seen
+from everlong.server.store.service_file import (
+    ABOUT,
+    About,
+    StoredModel,
+    read_about,
+    write_about,
+)
+from everlong.server.store.sqlite_log import make_folder
 from everlong.server.store.state_table import StateTable
 from everlong.server.store.watermark import Watermark
-from everlong.system.atomic import write_bytes
 
 log = logging.getLogger(__name__)
 
-ABOUT, LOCK, VERSION = "service.json", "service.lock", 1
+LOCK = "service.lock"
 
 
 class Placed(NamedTuple):
@@ -91,22 +95,24 @@ class Service:
         make_folder(folder)
         self._lock = _locked(folder / LOCK)
         self.shards: list[Shard] = []
-        self.seen = Seen(lambda user_id: self._shard(user_id).log.path)
+        self.seen = Seen(lambda user_id: self._shard(user_id).log)
         # one model at a time; and, for a moment, what service.json says
         self._switching, self._settling = threading.Lock(), threading.Lock()
         self.draining = False
         self.damage: str | None = None
         try:
-            known = self._about()
-            about = known or {"shards": shards}
-            for number in range(about["shards"]):
+            known = read_about(folder)
+            about = known or About(shards)
+            for number in range(about.shards):
                 path = folder / f"shard-{number:04d}.sqlite"
                 self.shards.append(
-                    Shard(path, new=known is None, capacity=capacity, on_erase=self.seen.forget)
+                    Shard.open(
+                        path, new=known is None, capacity=capacity, on_erase=self.seen.forget
+                    )
                 )
             if known is None:
                 self._check_empty()
-            self._asked, self.hidden = served_model.name, list[Id](about.get("hidden", ()))
+            self._asked, self.hidden = served_model.name, list[Id](about.hidden)
             self._live_model, self._previous = self._started(served_model, about)
             self._settle(self._live_model, self._previous, self.hidden)
             names = {one.served_model.name for one in (self._live_model, self._previous) if one}
@@ -126,22 +132,22 @@ class Service:
             raise DamagedError(f"{self.folder} has logs but no {ABOUT}; restore it from a copy")
 
     def _started(
-        self, served_model: ServedModel, about: Mapping[str, Any]
+        self, served_model: ServedModel, about: About
     ) -> tuple[LiveModel, LiveModel | None]:
         """What is live and what was before, with their states."""
-        live, before = about.get("live"), about.get("previous")
-        if live and about["asked"] == served_model.name and live["digest"] != served_model.name:
+        live, before = about.live, about.previous
+        if live and about.asked == served_model.name and live.digest != served_model.name:
             found = _stored(live)
             if found is None:
                 raise ValueError(
-                    f"the live model was read from {live['folder']}, which does not hold it now: "
+                    f"the live model was read from {live.folder}, which does not hold it now: "
                     "put it back, or ask for another model"
                 )
             served_model = found
-        elif live and live["digest"] != served_model.name:
+        elif live and live.digest != served_model.name:
             before = live
         live_model = self._bring_up(served_model)
-        if before and before["digest"] != served_model.name and (found := _stored(before)):
+        if before and before.digest != served_model.name and (found := _stored(before)):
             return live_model, self._bring_up(found)
         return live_model, None
 
@@ -238,7 +244,7 @@ class Service:
 
     def history(self, user_id: Id, count: int) -> list[Stored]:
         """The last events of a user, newest first."""
-        with closing(LogReader(self._shard(user_id).log.path)) as log:
+        with closing(self._shard(user_id).log.reader()) as log:
             return log.last_of_user(user_id, count)
 
     def offset_of(self, user_id: Id) -> int:
@@ -360,7 +366,7 @@ class Service:
         """Refuses a model whose ids are of another type than those of the log."""
         expected = (served_model.user_type, served_model.item_type)
         for shard in self.shards:
-            with closing(LogReader(shard.log.path)) as log:
+            with closing(shard.log.reader()) as log:
                 events = log.after(0, 1)
             for found in events:
                 received = (type(found.user_id), type(found.item_id))
@@ -370,57 +376,37 @@ class Service:
                         f"model of types {_names(expected)}; fit it on such a log"
                     )
 
-    # what is where
-
-    def _about(self) -> Mapping[str, Any] | None:
-        path = self.folder / ABOUT
-        if not path.is_file():
-            return None
-        try:
-            about: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if about["version"] != VERSION or not about["shards"] >= 1:
-                raise ValueError(f"version {about['version']}, {about['shards']} shards")
-            for model in (about["live"], about["previous"]):
-                if model is not None and not {"folder", "digest"} <= model.keys():
-                    raise ValueError(f"a model with {sorted(model)}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(
-                f"{path} is not what was written: {error}; restore it from a copy"
-            ) from error
-        return about
-
     def _write_about(self, live: LiveModel, previous: LiveModel | None, hidden: list[Id]) -> None:
         if self._lock.closed:
             raise OSError("the service has ended; another process may have its folder")
-        about = {
-            "version": VERSION,
-            "shards": len(self.shards),
-            "asked": self._asked,
-            "live": _named(live.served_model),
-            "previous": None if previous is None else _named(previous.served_model),
-            "hidden": hidden,
-        }
-        write_bytes(self.folder / ABOUT, (json.dumps(about, indent=2) + "\n").encode())
+        about = About(
+            len(self.shards),
+            self._asked,
+            _named(live.served_model),
+            None if previous is None else _named(previous.served_model),
+            hidden,
+        )
+        write_about(self.folder, about)
 
 
 def _names(kinds: Sequence[type[Any]]) -> str:
     return " and ".join(kind.__name__ for kind in kinds)
 
 
-def _named(served_model: ServedModel) -> Mapping[str, str]:
-    return {"folder": str(served_model.folder), "digest": served_model.name}
+def _named(served_model: ServedModel) -> StoredModel:
+    return StoredModel(str(served_model.folder), served_model.name)
 
 
-def _stored(model: Mapping[str, str]) -> ServedModel | None:
+def _stored(model: StoredModel) -> ServedModel | None:
     """A model that was served before; None if its folder does not hold it any more."""
     try:
-        found = ServedModel.read(model["folder"])
+        found = ServedModel.read(model.folder)
     # a folder may hold anything
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        log.warning("the model in %s cannot be served again: %s", model["folder"], error)
+        log.warning("the model in %s cannot be served again: %s", model.folder, error)
         return None
-    if found.name != model["digest"]:
-        log.warning("%s holds another model than was served from it", model["folder"])
+    if found.name != model.digest:
+        log.warning("%s holds another model than was served from it", model.folder)
         return None
     return found
 

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from everlong.server.engine.shard import BehindError, FullError
+from everlong.server.engine.write_queue import FullError
+from everlong.server.engine.writer import BehindError
 from everlong.server.store.log import DamagedError
 
 log = logging.getLogger(__name__)

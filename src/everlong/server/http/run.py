@@ -25,7 +25,6 @@ import torch
 
 from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service
-from everlong.server.engine.shard import Shard
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ def _watch(process: subprocess.Popen[bytes], service: Service) -> None:
         with suppress(subprocess.TimeoutExpired):
             told = process.communicate(timeout=1.0)[1]
         # a reader of the whole log keeps the write-ahead log from being moved into the file
-        if any(waiting > MAX_WAITING for waiting in map(_waiting, service.shards)):
+        if any(shard.log.backlog > MAX_WAITING for shard in service.shards):
             process.terminate()
             log.warning("verification was given up, too much was written: verify a copy")
     if process.returncode == DAMAGED:
@@ -174,14 +173,6 @@ def _watch(process: subprocess.Popen[bytes], service: Service) -> None:
         service.damage = "the log is damaged: see what `everlong verify` says"
     elif process.returncode > 0:
         log.warning("the log could not be verified: %s", told.decode(errors="replace").strip())
-
-
-def _waiting(shard: Shard) -> int:
-    """Bytes of a shard's write-ahead log."""
-    path = shard.log.path
-    with suppress(OSError):
-        return path.with_name(f"{path.name}-wal").stat().st_size
-    return 0
 
 
 def is_loopback(host: str) -> bool:

@@ -14,18 +14,22 @@ from contextlib import contextmanager
 import numpy as np
 
 from everlong.server.store.decoded_events import DecodedEvents
-from everlong.server.store.log import Id, LogReader, Slice
+from everlong.server.store.log import EventReader, Id, Slice
 from everlong.server.store.state_table import Applied, StateTable
+from everlong.system.memory import process_memory
 
 SLICE, STEP = 1_024, 8_192
 """Events that are taken from the log at once: of a whole log so few that they stay in the caches of
 a core, of what an table lacks more, because each time costs a look at its users."""
 
-EVENTS_IN_MEMORY = 1 << 25
-"""A log of more is read several times, each time for some of the users."""
+BYTES_AN_EVENT = 160
+"""What an event takes while whole histories are read: its columns, and their order twice."""
+
+LEAST_EVENTS = 1 << 20
+"""Events that are in memory at once however little is free."""
 
 
-def backfill(log: LogReader, table: StateTable, *, since: int | None = None) -> Applied:
+def backfill(log: EventReader, table: StateTable, *, since: int | None = None) -> Applied:
     """Builds the states of all users of a log into an empty table, up to the log's last event.
 
     Args:
@@ -39,7 +43,9 @@ def backfill(log: LogReader, table: StateTable, *, since: int | None = None) -> 
         OSError: if it cannot be read.
     """
     total, applied = log.look(), Applied()
-    parts = max(1, -(-total.events // EVENTS_IN_MEMORY))
+    # a log of more events than fit is read several times, each time for some of the users
+    at_once = max(LEAST_EVENTS, process_memory().free // 4 // BYTES_AN_EVENT)
+    parts = max(1, -(-total.events // at_once))
     for part in range(parts):
         with _without_collector():
             user_ids, owner, columns = _histories(log, table, total.last, part, parts)
@@ -50,7 +56,7 @@ def backfill(log: LogReader, table: StateTable, *, since: int | None = None) -> 
     return applied
 
 
-def read_on(log: LogReader, table: StateTable) -> Applied:
+def read_on(log: EventReader, table: StateTable) -> Applied:
     """Applies some more of a log's events, in the order of their arrival."""
     events = Slice.of(log.after(table.offset, STEP))
     if not table.complete:
@@ -62,7 +68,7 @@ def read_on(log: LogReader, table: StateTable) -> Applied:
     return applied
 
 
-def rebuild(log: LogReader, table: StateTable, user_ids: Iterable[Id]) -> None:
+def rebuild(log: EventReader, table: StateTable, user_ids: Iterable[Id]) -> None:
     """Reads the whole histories of users; those who have none are forgotten."""
     for user_id in user_ids:
         table.forget(user_id)
@@ -85,7 +91,7 @@ def _without_collector() -> Iterator[None]:
 
 
 def _histories(
-    log: LogReader, table: StateTable, last: int, part: int, parts: int
+    log: EventReader, table: StateTable, last: int, part: int, parts: int
 ) -> tuple[list[Id], np.ndarray, DecodedEvents]:
     """Users of one part, whose each event is, and the events in the order of the log."""
     number_of = _Numbers()

@@ -9,13 +9,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from everlong.data.ids import IdMap
-from everlong.server.store.log import Id, LogReader
+from everlong.server.store.log import EventLog, EventReader, Id
 
 CAPACITY = 1 << 20
 """Most rows that are kept, 8 bytes each."""
@@ -35,13 +34,13 @@ class Seen:
     """Items of users' events.
 
     Args:
-        path_of: the log of a user.
+        log_of: the log of a user.
         capacity: most rows that are kept; a user counts as some more.
     """
 
-    def __init__(self, path_of: Callable[[Id], Path], *, capacity: int = CAPACITY) -> None:
-        self._path_of, self.capacity = path_of, capacity
-        self._logs: dict[Path, LogReader] = {}
+    def __init__(self, log_of: Callable[[Id], EventLog], *, capacity: int = CAPACITY) -> None:
+        self._log_of, self.capacity = log_of, capacity
+        self._logs: dict[EventLog, EventReader] = {}
         self._kept: OrderedDict[Id, _Own] = OrderedDict()
         self._size = 0
         self._item_ids: IdMap | None = None
@@ -83,11 +82,11 @@ class Seen:
         for log in self._logs.values():
             log.close()
 
-    def _log(self, user_id: Id) -> LogReader:
-        path = self._path_of(user_id)
-        if path not in self._logs:
-            self._logs[path] = LogReader(path)
-        return self._logs[path]
+    def _log(self, user_id: Id) -> EventReader:
+        log = self._log_of(user_id)
+        if log not in self._logs:
+            self._logs[log] = log.reader()
+        return self._logs[log]
 
     def _keep(self, user_id: Id, own: _Own) -> None:
         """Puts a user last, and lets go of the first ones if there are too many rows."""

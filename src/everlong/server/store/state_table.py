@@ -6,8 +6,6 @@ came to, so that an event is applied once, in order, whatever is delivered again
 
 from __future__ import annotations
 
-import hashlib
-import struct
 import threading
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -20,15 +18,12 @@ from everlong.models import state as states
 from everlong.models.state import State
 from everlong.models.user_model import UserModel
 from everlong.server.store.decoded_events import DecodedEvents
-from everlong.server.store.log import DamagedError, Id, Slice
-from everlong.server.store.room import machine_memory, room, room_like
+from everlong.server.store.log import Id, Slice
+from everlong.server.store.record import Record, pack_record, unpack_record
+from everlong.server.store.state_blocks import StateBlocks
+from everlong.server.store.state_codec import CODECS, StateCodec
 from everlong.server.store.watermark import WATERMARK, Watermark, note
-
-MAGIC = b"elst"
-HEADER = struct.Struct("<4sI16sqqQQq")
-"""Magic, version and model; then the watermark: last offset, events, chain, sum, newest time."""
-
-RECORD_VERSION = 1
+from everlong.system.memory import MemoryBudget, process_memory
 
 EVENTS_AT_ONCE = 4_096
 """So many are read by one product: what it needs stays in the caches of a core."""
@@ -59,28 +54,37 @@ class StateTable:
         model: it is put into evaluation mode.
         item_ids: its catalogue.
         digest: 16 bytes that stand for what its states depend on.
+        codec: of the records that are taken; others are read by the codec that they name.
+        budget: where memory is reserved; that of the process by default.
     """
 
-    def __init__(self, model: UserModel, item_ids: IdMap, digest: bytes) -> None:
+    def __init__(
+        self,
+        model: UserModel,
+        item_ids: IdMap,
+        digest: bytes,
+        *,
+        codec: StateCodec = CODECS["float32"],
+        budget: MemoryBudget | None = None,
+    ) -> None:
         self.model, self.item_ids, self.digest = model.eval(), item_ids, digest
+        self.codec = codec
         self.name = digest.hex()
         self.offset = 0
         """Every event of the log up to here is in the states; kept by whoever applies them."""
         self.complete = True
         """Whether every user of the log is here; else some are built when they are asked for."""
         with torch.no_grad():
-            self._initial = states.detach(model.initial_state(1))
+            self._initial: State = states.detach(model.initial_state(1))
         self._spec = states.spec(self._initial)
         self._rows: dict[Id, int] = {}
         self._free: list[int] = []
         self._ids: list[Id | None] = []
-        self.capacity = machine_memory() // self.bytes_per_user
-        """Most users; more would not fit into the memory of the machine."""
-        self._states = type(self._initial)(
-            *(room_like(value, self.capacity) for value in self._initial)
+        self._states = StateBlocks(
+            self._initial, budget or process_memory(), overhead=WATERMARK.itemsize + 1
         )
-        self._watermarks = room(self.capacity, WATERMARK)
-        self._dirty = room(self.capacity, np.dtype(np.bool_))
+        self._watermarks = np.zeros(0, dtype=WATERMARK)
+        self._dirty = np.zeros(0, dtype=np.bool_)
         # a reader must not see a state half of which is of before
         self._lock = threading.Lock()
 
@@ -118,9 +122,9 @@ class StateTable:
         with self._lock:
             rows = [self._rows.get(user_id, -1) for user_id in user_ids]
             if min(rows, default=-1) >= 0:
-                return states.take(self._states, torch.tensor(rows))
+                return self._states.take(np.array(rows, dtype=np.int64))
             known = [place for place, row in enumerate(rows) if row >= 0]
-            mine = states.take(self._states, torch.tensor([row for row in rows if row >= 0]).long())
+            mine = self._states.take(np.array([row for row in rows if row >= 0], dtype=np.int64))
         found = states.take(self._initial, torch.zeros(len(rows), dtype=torch.int64))
         return states.put(found, torch.tensor(known).long(), mine)
 
@@ -192,7 +196,7 @@ class StateTable:
         cuts = np.concatenate([[0], inner, [mine.size]])
         touched, lengths = mine[cuts[:-1]], cuts[1:] - cuts[:-1]
         batch = columns.at(known).batch(lengths, self.model.event_fields)
-        before = states.take(self._states, torch.from_numpy(touched))
+        before = self._states.take(touched)
         read = self.model.step if touched.size == mine.size else self.model.final_state
         with torch.no_grad():
             return touched, read(batch, before)
@@ -211,22 +215,28 @@ class StateTable:
         return np.array([self._rows[user_id] for user_id in user_ids], dtype=np.int64)
 
     def _place(self, new: Sequence[Id]) -> None:
-        if len(self._rows) + len(new) > self.capacity:
-            raise MemoryError(
-                f"the states of {self.capacity:,} users of {self.bytes_per_user:,} bytes fit into "
-                "the memory of this machine, there are more; use another machine for some shards"
-            )
-        reused = [self._free.pop() for _ in range(min(len(new), len(self._free)))]
+        reused = self._free[len(self._free) - min(len(new), len(self._free)) :][::-1]
         first = len(self._ids)
         rows = [*reused, *range(first, first + len(new) - len(reused))]
+        where = np.array(rows, dtype=np.int64)
         with self._lock:
-            where = torch.tensor(rows)
-            for stored, value in zip(self._states, self._initial, strict=True):
-                stored[where] = value[0]
+            self._reserve(first + len(new) - len(reused))
+            fresh = states.take(self._initial, torch.zeros(len(rows), dtype=torch.int64))
+            self._states.put(where, fresh)
+        del self._free[len(self._free) - len(reused) :]
         self._ids += [None] * (len(new) - len(reused))
         for user_id, row in zip(new, rows, strict=True):
             self._ids[row] = user_id
             self._rows[user_id] = row
+
+    def _reserve(self, size: int) -> None:
+        """Room for so many users."""
+        self._states.grow(size)
+        if size > len(self._dirty):
+            # by doubling: beside a state, this is little to copy
+            more = max(1_024, size, 2 * len(self._dirty)) - len(self._dirty)
+            self._watermarks = np.concatenate([self._watermarks, np.zeros(more, dtype=WATERMARK)])
+            self._dirty = np.concatenate([self._dirty, np.zeros(more, dtype=np.bool_)])
 
     def _write(self, rows: np.ndarray, new: State | None) -> None:
         if new is None:
@@ -235,9 +245,7 @@ class StateTable:
             raise ValueError(
                 f"a state keeps its spec: expected {self._spec}, received {states.spec(new)}"
             )
-        where = torch.from_numpy(rows)
-        for stored, value in zip(self._states, new, strict=True):
-            stored.index_copy_(0, where, value)
+        self._states.put(rows, new)
 
     # records
 
@@ -250,24 +258,17 @@ class StateTable:
         with self._lock:
             rows = rows[[self._ids[row] is not None for row in rows.tolist()]]
             ids = [self._ids[row] for row in rows.tolist()]
-            stored = states.take(self._states, torch.from_numpy(rows))
-            stands = [self._watermarks[row].item() for row in rows.tolist()]
+            if not ids:
+                return []
+            stored = self._states.take(rows)
+            marks = [Watermark(*self._watermarks[row].item()) for row in rows.tolist()]
             self._dirty[rows] = False
-        if not ids:
-            return []
-        parts = [
-            value.contiguous().numpy().reshape(len(rows), -1).view(np.uint8) for value in stored
-        ]
-        table = np.concatenate(parts, axis=1)
         return [
             (
                 user_id,
-                sealed(
-                    HEADER.pack(MAGIC, RECORD_VERSION, self.digest, *stand) + body.tobytes(),
-                    user_id,
-                ),
+                pack_record(Record(self.codec.name, self.digest, mark, row.tobytes()), user_id),
             )
-            for user_id, stand, body in zip(ids, stands, table, strict=True)
+            for user_id, mark, row in zip(ids, marks, self.codec.encode(stored), strict=True)
             if user_id is not None
         ]
 
@@ -283,30 +284,38 @@ class StateTable:
 
         Those begin anew, at offset 0, and have to be brought up from their events.
         """
-        size, spoiled, whole = states.bytes_per_user(self._initial), [], []
-        for user_id, record in records:
+        spoiled, whole = list[Id](), dict[str, list[tuple[Id, Record]]]()
+        for user_id, data in records:
             try:
-                whole.append((user_id, opened(record, user_id, self.digest, size)))
-            except DamagedError:
+                record = unpack_record(data, user_id)
+            # one of a later version cannot be read either
+            except ValueError:
                 spoiled.append(user_id)
-        if whole:
-            self._load([user_id for user_id, _ in whole], [body for _, body in whole])
+                continue
+            codec = self._codec(record.codec)
+            if (
+                record.model != self.digest
+                or codec is None
+                or len(record.state) != codec.num_bytes(self._initial)
+            ):
+                spoiled.append(user_id)
+                continue
+            whole.setdefault(record.codec, []).append((user_id, record))
+        for name, some in whole.items():
+            self._load(self._codec(name) or self.codec, some)
         return spoiled
 
-    def _load(self, ids: list[Id], bodies: list[bytes]) -> None:
-        rows = self._add(ids)
-        flat = np.frombuffer(b"".join(body[HEADER.size :] for body in bodies), dtype=np.uint8)
-        table, fields, start = flat.reshape(len(ids), -1), [], 0
-        for value in self._initial:
-            kind = value.numpy().dtype
-            width = value[0].numel() * kind.itemsize
-            part = table[:, start : start + width].copy().view(kind)
-            fields.append(torch.from_numpy(part.reshape(len(ids), *value.shape[1:])))
-            start += width
+    def _codec(self, name: str) -> StateCodec | None:
+        return self.codec if name == self.codec.name else CODECS.get(name)
+
+    def _load(self, codec: StateCodec, records: Sequence[tuple[Id, Record]]) -> None:
+        rows = self._add([user_id for user_id, _ in records])
+        flat = np.frombuffer(b"".join(record.state for _, record in records), dtype=np.uint8)
+        state = codec.decode(flat.reshape(len(records), -1), self._initial)
         with self._lock:
-            self._write(rows, type(self._initial)(*fields))
-            for row, body in zip(rows.tolist(), bodies, strict=True):
-                self._watermarks[row] = HEADER.unpack_from(body)[3:]
+            self._write(rows, state)
+            for row, (_, record) in zip(rows.tolist(), records, strict=True):
+                self._watermarks[row] = record.watermark
 
     def clear(self) -> None:
         """Forgets everybody."""
@@ -325,32 +334,3 @@ class StateTable:
             self._free.append(row)
             self._write(np.array([row]), self._initial)
             self._watermarks[row], self._dirty[row] = np.zeros((), dtype=WATERMARK), False
-
-
-def sealed(body: bytes, user_id: Id) -> bytes:
-    """A body with a checksum that says whose it is."""
-    return body + _checksum(body, user_id)
-
-
-def _checksum(body: bytes, user_id: Id) -> bytes:
-    return hashlib.blake2b(repr(user_id).encode() + body, digest_size=16).digest()
-
-
-def opened(record: bytes, user_id: Id, digest: bytes, size: int) -> bytes:
-    """The body of a user's record of a model, with a state of so many bytes.
-
-    Raises:
-        DamagedError: if it is not what was written, of another user, or of another model.
-    """
-    body, checksum = record[:-16], record[-16:]
-    if len(body) != HEADER.size + size:
-        raise DamagedError(
-            f"a state record has {HEADER.size + size} bytes before its checksum, received "
-            f"{len(body)}; rebuild the state from the log"
-        )
-    if _checksum(body, user_id) != checksum:
-        raise DamagedError("a state record is not what was written; rebuild the state from the log")
-    magic, version, model, *_ = HEADER.unpack_from(body)
-    if (magic, version, model) != (MAGIC, RECORD_VERSION, digest):
-        raise DamagedError("a state record is of another model; rebuild the state from the log")
-    return body

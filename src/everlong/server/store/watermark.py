@@ -1,7 +1,7 @@
 """How far the state of a user goes: what is checked exactly, where floats cannot be.
 
-Two hashes say which events were applied: ``chain`` depends on their order, ``sum`` does not. Both
-follow from the keys of events, which are salted cryptographic hashes, so that plain arithmetic
+A hash says which events were applied in which order; ``everlong verify`` compares it with the log.
+It follows from the keys of events, which are salted cryptographic hashes, so that plain arithmetic
 suffices here.
 """
 
@@ -13,9 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-WATERMARK = np.dtype(
-    [("offset", "<i8"), ("events", "<i8"), ("chain", "<u8"), ("sum", "<u8"), ("newest", "<i8")]
-)
+WATERMARK = np.dtype([("offset", "<i8"), ("events", "<i8"), ("chain", "<u8"), ("newest", "<i8")])
 
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 """Odd, so that no event is lost from a chain however many follow."""
@@ -29,8 +27,6 @@ class Watermark(NamedTuple):
     events: int
     chain: int
     """A hash of the keys of all events in the order of their offsets."""
-    sum: int
-    """A hash of the keys of all events in any order."""
     newest: int
     """The largest time of an event."""
 
@@ -71,5 +67,4 @@ def note(
         own["offset"] = offsets[n]
         own["events"] += 1
         own["chain"] = own["chain"] * FACTOR + numbers[n]
-        own["sum"] += numbers[n]
     return late
