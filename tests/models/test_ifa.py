@@ -229,7 +229,7 @@ def test_without_a_history_everyone_sees_the_null_event() -> None:
         model.initial_state(2), torch.tensor([[1, 2], [1, 2]]), torch.tensor([0, 0])
     )
     assert bool(scores.isfinite().all())
-    assert torch.equal(scores[0], scores[1])
+    torch.testing.assert_close(scores[0], scores[1])
 
 
 def test_candidates_see_each_other_unless_told_not_to() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 
 import everlong
 from everlong.data.ids import IdMap
@@ -200,7 +201,7 @@ def test_items_are_aligned_by_their_ids(frame: pl.DataFrame, tmp_path: Path, ids
     found.save(tmp_path / "model")
     loaded = everlong.load(tmp_path / "model")
     users = list(range(30))
-    assert loaded.recommend(users, k=5).equals(found.recommend(users, k=5))
+    assert_frame_equal(loaded.recommend(users, k=5), found.recommend(users, k=5))
     assert loaded.origin.data == found.origin.data
 
 
