@@ -133,7 +133,7 @@ def run(
         "ties": events.facts.ties,
         "architecture": shape,
         "training": settings,
-        "state_bytes": recommender.bytes_per_user - 4 * recommender.users.seen.shape[1] - 16,
+        "state_bytes": recommender.bytes_per_user.state,
         "seconds": round(time.perf_counter() - began, 1),
         **{part: shorten(result) for part, result in recommender.origin.metrics.items()},
     }

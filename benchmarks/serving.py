@@ -76,7 +76,7 @@ def by_history_length(model: LRU) -> dict[str, Any]:
             seconds[length].append(time.perf_counter() - began)
     found = {
         length: {
-            "bytes_per_user": tables[length].bytes_per_user,
+            "bytes_per_user": tables[length].bytes_per_user.total,
             "microseconds_per_event": 1e6 * median(seconds[length]) / users,
         }
         for length in lengths
@@ -87,7 +87,7 @@ def by_history_length(model: LRU) -> dict[str, Any]:
 
 def table_after(model: LRU, length: int, users: int) -> UserTable:
     """A table of ``users`` users, every one with a history of ``length`` events."""
-    table = UserTable(model.initial_state(1), seen_capacity=1024)
+    table = UserTable(model.initial_state(1))
     random = np.random.default_rng(length)
     ids = IdMap(pl.Series(range(ITEMS)))
     # a few users' histories, read once and copied to the others: states are what matters here

@@ -29,8 +29,8 @@ def test_every_stage_is_printed(tmp_path: Path) -> None:
     assert scores["markov"] > scores["popularity"]
     assert "best possible" in text
     loaded = everlong.load(tmp_path / "model")
-    size = f"{loaded.bytes_per_user:,}"
-    assert f"Bytes per user: {size} before, {size} after." in text
+    size = f"{loaded.bytes_per_user.state:,}"
+    assert f"Bytes of the state: {size} before, {size} after." in text
     assert {path.name for path in tmp_path.glob("*.png")} == {
         "quality_by_history.png",
         "cost_by_history.png",

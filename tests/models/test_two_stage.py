@@ -73,8 +73,7 @@ def test_candidates_are_a_set(both: everlong.Recommender) -> None:
         both.rank([1, 2], [[4]])
     with pytest.raises(ValueError, match="users are unknown"):
         both.rank([-1], [[4]])
-    with pytest.raises(ValueError, match="not in the catalogue"):
-        both.rank([1], [[4_000]])
+    assert both.rank([1], [[4_000]]).rows() == [(1, 4_000, None, None)]
 
 
 def test_a_retriever_alone_ranks_by_its_scores(retriever: everlong.Recommender) -> None:

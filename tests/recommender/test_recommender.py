@@ -173,15 +173,71 @@ def test_what_cannot_be_read_is_counted(recommender: Recommender) -> None:
 
 
 def test_the_bytes_of_a_user_never_grow(recommender: Recommender) -> None:
-    size = recommender.bytes_per_user
+    size = recommender.bytes_per_user.state
     spec = states.spec(recommender.users.states)
     for _ in range(3):
         recommender.update(new_events(["u01"] * 700, [f"i{n % 15:02d}" for n in range(700)]))
-    assert recommender.bytes_per_user == size
+    assert recommender.bytes_per_user.state == size
     assert states.spec(recommender.users.states) == spec
     assert recommender.users.num_events[recommender.users.rows(pl.Series(["u01"]))[0]] > 2_000
-    stored = sum(value.nbytes for value in recommender.users.trimmed().values())
-    assert stored == size * len(recommender.users)
+    kept = {n: v for n, v in recommender.users.trimmed().items() if n.startswith("state/")}
+    assert sum(value.nbytes for value in kept.values()) == size * len(recommender.users)
+
+
+def test_nothing_that_was_seen_is_forgotten(recommender: Recommender, tmp_path: Path) -> None:
+    frame = log_frame(items=2_500).with_columns(pl.lit("u").alias("user_id"))
+    wide = pl.DataFrame(
+        {
+            "user_id": ["u01"] * 2_400,
+            "item_id": [f"i{n:04d}" for n in range(2_400)],
+            "timestamp": [START + n for n in range(2_400)],
+        }
+    )
+    found = everlong.fit(
+        pl.concat([frame, wide]), "popularity", protocol=everlong.PAPER.replace({"window": 50})
+    )
+    items = set(found.item_ids.ids(range(len(found.item_ids))))
+    for one in (found, _again(found, tmp_path)):
+        listed = set(one.recommend(["u01"], k=5_000)["item_id"])
+        assert listed == items - set(wide["item_id"])
+        assert one.bytes_per_user.seen >= 4 * 2_400 / len(one.users)
+
+
+def _again(recommender: Recommender, folder: Path) -> Recommender:
+    recommender.save(folder / "model")
+    return everlong.load(folder / "model")
+
+
+def test_seen_items_come_where_the_protocol_keeps_them(frame: pl.DataFrame) -> None:
+    kept = everlong.fit(frame, "popularity", protocol=everlong.PAPER.replace({"seen": "keep"}))
+    every = kept.recommend(["u03"], k=100, filter_seen=False)
+    assert kept.recommend(["u03"], k=100).equals(every)
+    assert kept.recommend(["u03"], k=100, filter_seen=True).height < every.height
+
+
+def test_filters_are_for_all_or_for_each(recommender: Recommender) -> None:
+    users, how = ["u01", "u02"], {"k": 100, "filter_seen": False}
+    whole = recommender.recommend(users, **how)  # type: ignore[arg-type]
+    gone = recommender.recommend(users, exclude=["i03", "nothing"], **how)  # type: ignore[arg-type]
+    assert gone.equals(_ranked(whole.filter(pl.col("item_id") != "i03")))
+    mine = recommender.recommend(users, exclude={"u01": ["i03"]}, among={"u02": ["i04", "i05"]}, **how)  # type: ignore[arg-type]  # noqa: E501  # fmt: skip
+    expected = whole.filter(
+        ((pl.col("user_id") == "u01") & (pl.col("item_id") != "i03"))
+        | ((pl.col("user_id") == "u02") & pl.col("item_id").is_in(["i04", "i05"]))
+    )
+    assert mine.equals(_ranked(expected))
+    named = [["i04", "i03", "nothing"], ["i05", "i03"]]
+    ranked = recommender.rank(users, named, exclude={"u02": ["i05"]}, among=["i03", "i05"])
+    assert ranked.select("user_id", "item_id", "rank").rows() == [
+        ("u01", "i03", 1),
+        ("u01", "nothing", None),
+        ("u02", "i03", 1),
+    ]
+
+
+def _ranked(frame: pl.DataFrame) -> pl.DataFrame:
+    rank = pl.int_range(1, pl.len() + 1, dtype=pl.Int32).over("user_id")
+    return frame.with_columns(rank.alias("rank"))
 
 
 def test_saved_and_loaded_in_a_fresh_process_is_the_same(
@@ -290,7 +346,7 @@ def test_a_full_disk_leaves_the_old_folder_whole(recommender: Recommender, tmp_p
 
 
 def test_the_printed_form_names_the_bytes_per_user(recommender: Recommender) -> None:
-    assert f"{recommender.bytes_per_user:,} bytes per user" in repr(recommender)
+    assert str(recommender.bytes_per_user) in repr(recommender)
 
 
 @pytest.mark.parametrize("history", ["i01", 7])
@@ -303,14 +359,14 @@ def test_the_time_of_a_request_is_seconds_or_a_datetime_in_utc(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
-    score = recommender.model.score
+    query = recommender.model.query
 
-    def listen(state: states.State, items: None = None, at: torch.Tensor | None = None) -> object:
+    def listen(state: states.State, at: torch.Tensor | None = None) -> object:
         assert at is not None
         asked.append(at.tolist())
-        return score(state, items, at)
+        return query(state, at)
 
-    monkeypatch.setattr(recommender.model, "score", listen)
+    monkeypatch.setattr(recommender.model, "query", listen)
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
     try:

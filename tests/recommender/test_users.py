@@ -19,8 +19,8 @@ class Memory(NamedTuple):
 INITIAL = Memory(torch.full((1, 2), 0.5))
 
 
-def table(capacity: int = 4) -> UserTable:
-    return UserTable(INITIAL, capacity)
+def table() -> UserTable:
+    return UserTable(INITIAL)
 
 
 def test_new_users_begin_with_the_initial_state() -> None:
@@ -52,13 +52,10 @@ def test_a_state_of_another_shape_is_refused() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.integers(0, 5),
-    st.lists(st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=3, max_size=3), max_size=4),
+    st.lists(st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=3, max_size=3), max_size=4)
 )
-def test_the_last_items_are_kept_however_they_came(
-    capacity: int, batches: list[list[list[int]]]
-) -> None:
-    users = table(capacity)
+def test_every_item_is_kept_once_however_it_came(batches: list[list[list[int]]]) -> None:
+    users = table()
     users.add(pl.Series(range(3)))
     # rows in another order than they were added
     rows = np.array([2, 0, 1])
@@ -72,10 +69,9 @@ def test_the_last_items_are_kept_however_they_came(
         assert users.note(rows, offsets, np.array(flat, dtype=np.int64), times) == 0
         for row, items in zip(rows, batch, strict=True):
             histories[row] += items
-    place, seen = users.seen_pairs(np.arange(3))
+    seen = users.seen.rows(np.arange(3))
     for row, history in histories.items():
-        kept = seen[place == row].tolist()
-        assert sorted(kept) == sorted(history[len(history) - min(capacity, len(history)) :])
+        assert seen[row].tolist() == sorted(set(history))
         assert users.num_events[row] == len(history)
 
 
@@ -92,9 +88,13 @@ def test_late_events_are_counted_and_the_newest_time_is_kept() -> None:
 def test_bytes_per_user_are_what_is_stored() -> None:
     users = table()
     users.add(pl.Series(range(10)))
+    items = np.array([7, 1, 7, 9, 3, 1])
+    users.note(np.array([4, 8]), np.array([0, 5, 6]), items, np.arange(6))
     stored = sum(value.nbytes for value in users.trimmed().values())
-    assert stored == 10 * users.bytes_per_user
-    assert users.bytes_per_user == states.bytes_per_user(INITIAL) + 4 * 4 + 16
+    size = users.bytes_per_user
+    # one number more than users says where the last one ends
+    assert stored == 10 * size.total + 8
+    assert size == (states.bytes_per_user(INITIAL), 16, 4 * 5 / 10 + 8)
 
 
 def test_what_is_stored_restores_the_table() -> None:
@@ -123,8 +123,6 @@ def test_stored_users_of_another_model_are_refused() -> None:
 
 
 def test_impossible_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="seen_capacity >= 0"):
-        table(-1)
     users = table()
     users.add(pl.Series([1]))
     with pytest.raises(ValueError, match="expected int as in 1, received str as in 'a'"):

@@ -18,7 +18,12 @@ def recommend(
         typer.Option(help="Item ids of anybody, oldest first: 'a,b,c'; may be repeated."),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
-    keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Seen items may come.")] = False,
+    keep_seen: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-seen/--hide-seen", help="Whether seen items may come; as in training."
+        ),
+    ] = None,
     device: Device = "cpu",
     allow: Allow = None,
     to: Json = None,
@@ -27,9 +32,10 @@ def recommend(
     if bool(user) == bool(history):
         raise ValueError("expected either --user or --history, at least one of one kind")
     recommender = load_model(model, device, allow)
+    filter_seen = None if keep_seen is None else not keep_seen
     if user:
         frame = recommender.recommend(
-            recommender.user_ids_from_text(user), k=k, filter_seen=not keep_seen
+            recommender.user_ids_from_text(user), k=k, filter_seen=filter_seen
         )
     else:
         histories = {
@@ -39,7 +45,7 @@ def recommend(
         frame = recommender.recommend(
             {text: ids.to_list() for text, ids in histories.items()},
             k=k,
-            filter_seen=not keep_seen,
+            filter_seen=filter_seen,
         )
     from everlong.evaluation.report import columns
 

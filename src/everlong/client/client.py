@@ -175,7 +175,7 @@ class Client:
         *,
         k: int = 10,
         at: int | None = None,
-        filter_seen: bool = True,
+        filter_seen: bool | None = None,
         exclude: Sequence[Id] = (),
         among: Sequence[Id] | None = None,
         min_offset: int = 0,
@@ -186,7 +186,8 @@ class Client:
             user_id: any user; ``known`` of the answer tells whether the user has a state.
             k: number of items, at most 1,000.
             at: time of the request, Unix seconds, for models that use it.
-            filter_seen: leave out items that the user has seen.
+            filter_seen: leave out items that the user has seen; None for what the protocol of
+                the model says.
             exclude: items to leave out.
             among: the only items that may be listed.
             min_offset: wait a moment until the state contains this offset of the user's shard;

@@ -29,7 +29,10 @@ from everlong.evaluation.metrics import (
     user_means,
 )
 from everlong.inference.encode import EVENTS_PER_BATCH, Progress, encode_histories
-from everlong.inference.topk import SCORES_PER_BATCH, mask_items, rank_of
+from everlong.inference.retriever import Retriever
+from everlong.inference.seen import MemorySeen
+from everlong.inference.topk import SCORES_PER_BATCH
+from everlong.models.batch import Batch
 from everlong.models.device import device_of, serving
 from everlong.models.state import State, bytes_per_user, take
 from everlong.models.user_model import UserModel
@@ -45,7 +48,7 @@ class Evaluation:
     """The rank of every target, and what follows from it.
 
     Attributes:
-        ranks: ``[Q]`` int64, from 1, ties counted against us.
+        ranks: ``[Q]`` int64, from 1: the place in the list that would be served.
         users: ``[Q]`` int64, user row of each target.
         history_lengths: ``[Q]`` int64, all past events of the user before the target.
         metrics: name to mean over users and bootstrap interval.
@@ -101,7 +104,7 @@ class Evaluation:
             "targets": self.num_targets,
             "items": self.num_items,
             "seen": self.seen,
-            "ties": "counted against us",
+            "ties": "lower item row first, as served",
             "masked_targets": self.masked_targets,
             "interval": f"{LEVEL:.0%} bootstrap over users, {RESAMPLES} resamples, seed {SEED}",
             "metrics": {name: value._asdict() for name, value in self.metrics.items()},
@@ -151,14 +154,15 @@ def evaluate(
     chosen = [parse_metric(m) if isinstance(m, str) else m for m in metrics]
     _check(model, events, targets, seen, chosen)
     place = device_of(model) if device is None else torch.device(device)
-    run = _Run(model, events, seen, events_per_batch, scores_per_batch, place)
     counts = targets.end - targets.stop
     first = np.cumsum(counts) - counts
     ranks = np.empty(counts.sum(), dtype=np.int64)
     masked = done = 0
     total = int((targets.end - targets.start).sum())
     with serving(model):
-        for rows in _blocks(run, targets):
+        retriever = Retriever(model, scores_per_batch=scores_per_batch)
+        run = _Run(retriever, events, seen, events_per_batch, place)
+        for rows in _blocks(model, targets, events_per_batch):
             part = Targets(*(values[rows] for values in targets))
             state = run.encode(part, _shifted(progress, done, total))
             done += int((part.stop - part.start).sum())
@@ -185,17 +189,16 @@ def evaluate(
 class _Run(NamedTuple):
     """What stays the same while the targets of many users are ranked."""
 
-    model: UserModel
+    retriever: Retriever
     events: Events
     seen: Seen
     events_per_batch: int
-    scores_per_batch: int
     device: torch.device
 
     def encode(self, part: Targets, progress: Progress | None) -> State:
         """The states after the fed histories."""
         return encode_histories(
-            self.model,
+            self.retriever.model,
             self.events,
             part.start,
             part.stop,
@@ -209,56 +212,45 @@ class _Run(NamedTuple):
         were masked. The users of ``part`` are ordered by falling number of targets.
         """
         counts = part.end - part.stop
-        active = counts.size
+        active, barred = counts.size, MemorySeen()
+        if self.seen == "mask":
+            _note(barred, gather(self.events, part.start, part.stop))
         for turn in range(int(counts[0])):
             position = part.stop[:active] + turn
-            yield self._rank(state, part.start[:active], position)
+            target = gather(self.events, position, position + 1)
+            yield self._rank(state, target, barred)
             active = int(np.count_nonzero(counts > turn + 1))
             if active:
-                revealed = gather(self.events, position[:active], position[:active] + 1)
+                position = position[:active]
+                revealed = gather(self.events, position, position + 1)
                 going_on = take(state, torch.arange(active, device=state[0].device))
-                state = self.model.step(revealed.to(self.device), going_on)
+                state = self.retriever.model.step(revealed.to(self.device), going_on)
+                if self.seen == "mask":
+                    _note(barred, revealed)
 
-    def _rank(self, state: State, start: IntArray, position: IntArray) -> tuple[IntArray, int]:
-        """The rank of the event at each ``position`` and how many of these items are masked."""
-        ranks, masked = [], 0
-        num_items = self.model.num_items
-        for users in _fill(num_items + position - start, self.scores_per_batch):
-            rows = torch.arange(users.start, users.stop, device=state[0].device)
-            target = gather(self.events, position[users], position[users] + 1).to(self.device)
-            scores = self.model.score(take(state, rows), at=target.times)
-            if scores.shape != (rows.numel(), num_items):
-                raise ValueError(
-                    "score(state) returns one number per user and item: expected "
-                    f"{(rows.numel(), num_items)}, received {tuple(scores.shape)}"
-                )
-            if self.seen == "mask":
-                past = gather(self.events, start[users], position[users]).to(self.device)
-                owners = past.user_rows
-                scores = mask_items(scores, owners, past.items)
-                hits = owners[past.items == target.items[owners]]
-                masked += int(hits.bincount().count_nonzero())
-            ranks.append(rank_of(scores, target.items).cpu().numpy())
-        return np.concatenate(ranks), masked
+    def _rank(self, state: State, target: Batch, barred: MemorySeen) -> tuple[IntArray, int]:
+        """The rank of the target of each user and how many of these items are masked."""
+        exclude = barred.rows(np.arange(target.num_users)) if self.seen == "mask" else None
+        at = target.times.to(self.device)
+        places = self.retriever.places(state, target.items, at=at, exclude=exclude).numpy()
+        masked = 0
+        for item, own in zip(target.items.tolist(), exclude or (), strict=False):
+            place = int(own.searchsorted(item))
+            masked += place < own.size and int(own[place]) == item
+        return places, masked
 
 
-def _fill(costs: IntArray, budget: int) -> Iterator[slice]:
-    """Consecutive slices of ``costs`` that sum to at most ``budget``; a larger cost is alone."""
-    ends = np.cumsum(costs)
-    first = 0
-    while first < len(costs):
-        spent = ends[first - 1] if first else 0
-        last = max(int(np.searchsorted(ends, spent + budget, side="right")), first + 1)
-        yield slice(first, last)
-        first = last
+def _note(seen: MemorySeen, events: Batch) -> None:
+    """Adds the items of events of the users 0, 1, ..."""
+    seen.add(np.arange(events.num_users), events.offsets.numpy(), events.items.numpy())
 
 
-def _blocks(run: _Run, targets: Targets) -> Iterator[IntArray]:
+def _blocks(model: UserModel, targets: Targets, events_per_batch: int) -> Iterator[IntArray]:
     """The rows of ``targets`` in blocks whose states fit in memory, most targets first in each."""
     # histories of similar length together
     order = np.argsort(targets.stop - targets.start, kind="stable")
-    size = STATE_BYTES // bytes_per_user(run.model.initial_state(1))
-    size = max(1, min(size, run.events_per_batch))
+    size = STATE_BYTES // bytes_per_user(model.initial_state(1))
+    size = max(1, min(size, events_per_batch))
     counts = targets.end - targets.stop
     for block in range(0, len(order), size):
         rows = order[block : block + size]

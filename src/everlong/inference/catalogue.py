@@ -1,39 +1,43 @@
-"""The best items of a catalogue.
+"""The best items of a catalogue by products with item vectors, exactly.
 
-A small catalogue is scored as it is. In a large one the best are found by a coarse look and decided
-by the scores themselves: the look is a product with item vectors of 8 bits, a quarter of the memory
-to be read, of which it is known how far it can be from the score; items that could be among the
-best by that are scored, the others cannot be. So the list is exact. Scores are then summed in
-float64 and rounded to float32: they do not depend on who else is asked about in the same call.
+Items are named by a coarse score and decided by the score itself, as ``ops.exact_scores`` sums it.
+The coarse score is a product in float32 for a small catalogue and one with item vectors of 8 bits,
+a quarter of the memory to be read, for a large one. How far it can be from the score is known: an
+item that is not scored exactly is one that cannot be among the best. So a list depends on the
+user vector and the item vectors alone, and not on the batch, the threads or the processor.
 
-Where there is an index, it names the items to be scored instead, and the list is nearly exact.
+Where there is an index, it names the items instead, and the list is nearly exact.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from everlong.inference.topk import NONE, top_k, top_k_items
+from everlong.inference.filters import NOTHING, Packed, Rows, joined
+from everlong.inference.index import PROBES, Index
+from everlong.inference.topk import NONE, SCORES_PER_BATCH, check_k, in_order
+from everlong.models.query import Query
 from everlong.models.user_model import ItemEmbeddings
-from everlong.ops.coarse_scores import (
-    coarse_above,
-    coarse_best,
+from everlong.ops.coarse_scores import coarse_above, coarse_best, in_blocks
+from everlong.ops.exact_scores import (
+    count_before,
+    exact_cosines,
+    exact_norms,
     exact_scores,
-    in_blocks,
     put_in_order,
 )
 
 log = logging.getLogger(__name__)
 
 COARSE_FROM = 50_000
-"""Items from which on there is a coarse look."""
+"""Items from which on the coarse score is of 8 bits."""
 
 SPARE = 32
 """Items beyond one and a half times the places of a list that are scored after the coarse look."""
@@ -41,11 +45,14 @@ SPARE = 32
 RECALL, RECALL_AT = 0.95, 100
 """An index has to find this share of the best so many items."""
 
-PROBES = (16, 32, 64, 96, 128, 192, 256)
-"""Lists of an index that are looked into: the first number that suffices is taken."""
-
 MOST_NAMED = 4_096
 """Items that an index is asked for at most; a request for more is answered without it."""
+
+LARGEST = 1e38
+"""Scores may not come near the end of float32."""
+
+UNITS = {"highest": 2.0**-24, "high": 2.0**-11, "medium": 2.0**-8}
+"""How far a product of float32 may be off, by ``torch.get_float32_matmul_precision``."""
 
 
 class Best(NamedTuple):
@@ -55,44 +62,46 @@ class Best(NamedTuple):
     items: Tensor
 
 
-NOTHING = np.empty(0, dtype=np.int64)
-
-Rows = Sequence[np.ndarray]
-"""Items that must not be listed, ``[n]`` rising for each user."""
-
-
 class Catalogue:
     """Item vectors and biases, ready for search.
 
     Args:
-        head: item vectors ``[I, D]`` and biases ``[I]``.
-        coarse: whether there is a coarse look; None for whichever is quicker.
+        embeddings: item vectors ``[I, D]`` and biases ``[I]``; products in float32 are computed
+            where they are, all else on the CPU.
+        coarse: whether the coarse score is of 8 bits; None for whichever is quicker.
+        scores_per_batch: most coarse scores of float32 held at once; those of a user at least.
 
     Raises:
         ValueError: if a vector or a bias is not finite.
     """
 
-    def __init__(self, head: ItemEmbeddings, *, coarse: bool | None = None) -> None:
-        weight, bias = (part.detach().to("cpu", torch.float32).contiguous() for part in head)
-        if not (bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
+    def __init__(
+        self,
+        embeddings: ItemEmbeddings,
+        *,
+        coarse: bool | None = None,
+        scores_per_batch: int = SCORES_PER_BATCH,
+    ) -> None:
+        self._placed = embeddings.weight.detach().to(torch.float32).contiguous()
+        bias = embeddings.bias.detach().to("cpu", torch.float32).contiguous()
+        self.weight, self._own_bias, self.bias = self._placed.cpu(), bias, bias
+        if not (bool(self.weight.isfinite().all()) and bool(bias.isfinite().all())):
             raise ValueError(
                 "item vectors must be finite numbers, received NaN or infinity; the model's "
                 "parameters have diverged: lower the learning rate"
             )
-        self.weight, self._own_bias, self.bias = weight, bias, bias
-        self.coarse = len(weight) >= COARSE_FROM if coarse is None else coarse
-        some = weight if self.coarse else weight[:0]
-        scales = some.abs().amax(1).clamp(min=1e-30) / 127
-        table = (some / scales[:, None]).round().to(torch.int8)
-        self._table, self._scales = in_blocks(table.numpy()), scales.numpy()
-        self._error = _Error.of(some, table * scales[:, None], bias)
-        self._norms = weight.norm(dim=1)
+        self.coarse = len(self.weight) >= COARSE_FROM if coarse is None else coarse
+        self.scores_per_batch = scores_per_batch
         self.index: Index | None = None
         self.recall: float | None = None
-        self.hide(torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.weight)
+
+    def prepare(self) -> None:
+        """Makes the table of the coarse look now and not at the first search."""
+        if self.coarse:
+            _ = self._table
 
     def hide(self, items: Tensor) -> None:
         """Keeps items (rows ``[n]``) out of every list from now on; they replace those before."""
@@ -101,96 +110,279 @@ class Catalogue:
             self.index.hide(items)
         self.bias = bias
 
-    def scores(self, user: Tensor, items: Tensor) -> Tensor:
-        """Scores ``[B, C]`` of items ``[B, C]``; -inf of those that are hidden, and of -1."""
-        users, rows = user.float().contiguous().numpy(), items.contiguous().numpy()
-        found = np.empty(rows.shape, dtype=np.float32)
-        exact_scores(self.weight.numpy(), self.bias.numpy(), users, rows, found)
-        return torch.from_numpy(found)
+    def scores(self, query: Query, items: Tensor) -> Tensor:
+        """Scores ``[B, C]`` of items ``[B, C]``, also of those that are hidden; -inf for -1."""
+        asked = self._asked(query)
+        named = items.contiguous().numpy()
+        return torch.from_numpy(self._scored(asked, named, self._own_bias))
 
-    def best(self, user: Tensor, k: int, exclude: Rows | None = None) -> Best:
-        """The ``min(k, I)`` best items of users ``[B, D]``, the lower row first among equals.
+    def best(self, query: Query, k: int, exclude: Rows | None = None) -> Best:
+        """The ``min(k, I)`` best items of ``B`` users, the lower row first among equals.
 
         Raises:
-            ValueError: if a user vector is not finite, or ``k`` is below 1.
+            ValueError: if what is asked is not finite, or ``k`` is below 1.
         """
-        if k < 1:
-            raise ValueError(f"a list needs at least one place: expected k >= 1, received {k}")
-        if not bool(user.isfinite().all()):
-            raise ValueError(
-                "user vectors must be finite numbers, received NaN or infinity; the model's "
-                "parameters or state have diverged: rebuild the state"
-            )
-        exclude = exclude or [NOTHING] * len(user)
-        if self.index is not None:
-            return self._nearly_best(self.index, user.float(), k, exclude)
-        return self._best(user.float(), k, exclude)
+        check_k(k)
+        asked, k = self._asked(query), min(k, len(self))
+        exclude = exclude or [NOTHING] * len(asked)
+        if self.index is not None and len(asked.item_bias) == 0:
+            return self._nearly_best(self.index, asked, k, exclude)
+        return self._best(asked, k, exclude)
 
-    def among(self, user: Tensor, k: int, items: Tensor) -> Best:
-        """The best ``k`` of some items (different rows ``[n]``) for one user ``[1, D]``."""
-        items = items.sort()[0]
-        return _in_order(self.scores(user, items[None]), items[None], k)
+    def among(self, query: Query, k: int, items: Rows) -> Best:
+        """The best ``k`` of some items (different rows ``[n]``) of each of ``B`` users."""
+        asked = self._asked(query)
+        found = np.full((len(asked), max((own.size for own in items), default=0)), NONE)
+        for row, own in enumerate(items):
+            found[row, : own.size] = own
+        return self._in_order(asked, found, k)
 
-    def similar(self, item: int, k: int) -> Best:
-        """The ``k`` items nearest to one by cosine, ``[1, k]``.
+    def places(self, query: Query, targets: Tensor, exclude: Rows | None = None) -> Tensor:
+        """The place ``[B]`` of one item ``[B]`` in the whole list of each user, from 1.
+
+        An item that is hidden or excluded is in no list: its place is the last, ``I``.
+        """
+        asked = self._asked(query)
+        exclude = exclude or [NOTHING] * len(asked)
+        size, found = max(1, self.scores_per_batch // len(self)), []
+        for first in range(0, len(asked), size):
+            part = slice(first, first + size)
+            found.append(self._places(asked.at(part), targets[part].numpy(), exclude[part]))
+        return torch.from_numpy(np.concatenate([NOTHING, *found]))
+
+    def similar(self, items: Tensor, k: int) -> Best:
+        """The ``k`` items nearest to each of ``items [n]`` by cosine: ``[n, min(k, I)]``.
 
         Raises:
             TypeError: if the item vectors are mere numbers.
         """
+        check_k(k)
         if self.weight.shape[1] < 2:
-            raise TypeError("the model has no item vectors to compare")
-        norms = self._norms.clamp(min=1e-12)
-        cosines = torch.mv(self.weight, self.weight[item] / norms[item]) / norms
-        cosines[self.bias.isneginf()] = -torch.inf
-        cosines[item] = -torch.inf
-        return Best(*top_k(cosines[None], k))
+            raise TypeError("the model has no item vectors to compare: they are mere numbers")
+        k = min(k, len(self))
+        lists = [self._similar(item, k) for item in items.tolist()]
+        if not lists:
+            lists = [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
+        scores, rows = (np.concatenate(parts) for parts in zip(*lists, strict=True))
+        return Best(torch.from_numpy(scores), torch.from_numpy(rows))
 
     # exactly
 
-    def _best(self, user: Tensor, k: int, exclude: Rows) -> Best:
-        k = min(k, len(self))
-        if len(user) == 0 or not self.coarse:
-            pairs = pairs_of(exclude)
-            return Best(*top_k_items(user, self.weight, self.bias, k, exclude=pairs))
-        # arrays from here on: for a user or two, calls of tensors would take longer than the search
-        users, weight, bias = user.contiguous().numpy(), self.weight.numpy(), self.bias.numpy()
-        cuts = np.cumsum([0, *(own.size for own in exclude)])
-        excluded = np.concatenate(exclude)
-        keep = min(k + k // 2 + SPARE, len(self))
-        coarse = np.full((len(users), keep), -np.inf, dtype=np.float32)
-        named = np.full((len(users), keep), NONE)
-        padded = self._padded(users)
-        coarse_best(self._table, self._scales, bias, padded, excluded, cuts, coarse, named)
-        scores = np.empty_like(coarse)
-        put_in_order(weight, bias, users, named, scores)
+    def _asked(self, query: Query) -> _Asked:
+        asked = _Asked.of(query)
+        if asked.users.shape[1] != self.weight.shape[1]:
+            raise ValueError(
+                f"expected user vectors of width {self.weight.shape[1]}, as item vectors have, "
+                f"received {asked.users.shape[1]}"
+            )
+        reach = self._longest * asked.lengths + asked.highest_bias
+        reach += self._highest_bias + np.abs(asked.added).max(initial=0.0)
+        # NaN is not below
+        if not bool((reach < LARGEST).all()):
+            raise ValueError(
+                "user vectors must be finite numbers, received NaN, infinity, or numbers that no "
+                "score can be made of; the model's parameters or state have diverged: rebuild the "
+                "state"
+            )
+        return asked
+
+    def _scored(self, asked: _Asked, items: np.ndarray, bias: Tensor) -> np.ndarray:
+        scores = np.empty(items.shape, dtype=np.float32)
+        added = asked.added_to(items)
+        exact_scores(
+            *(self.weight.numpy(), bias.numpy(), asked.item_bias, asked.bias_rows),
+            *(asked.users, items, added, scores),
+        )
+        return scores
+
+    def _best(self, asked: _Asked, k: int, exclude: Rows) -> Best:
+        keep = k + k // 2 + SPARE
+        whole = keep > MOST_NAMED or keep >= len(self)
+        size = len(asked) if self.coarse and not whole else self.scores_per_batch // len(self)
+        lists = [Best(torch.empty(0, k), torch.empty(0, k, dtype=torch.int64))]
+        for first in range(0, len(asked), max(1, size)):
+            part = slice(first, first + max(1, size))
+            find = self._best_of_all if whole else self._best_of_some
+            lists.append(find(asked.at(part), k, exclude[part], min(keep, len(self))))
+        if len(lists) == 2:
+            return lists[1]
+        return Best(*(torch.cat(parts) for parts in zip(*lists, strict=True)))
+
+    def _best_of_all(self, asked: _Asked, k: int, exclude: Rows, _: int) -> Best:
+        """The best after scoring every item exactly."""
+        named = np.repeat(np.arange(len(self))[None], len(asked), axis=0)
+        for row, gone in enumerate(exclude):
+            named[row, gone] = NONE
+        return self._in_order(asked, named, k)
+
+    def _best_of_some(self, asked: _Asked, k: int, exclude: Rows, keep: int) -> Best:
+        """The best after scoring what may be among them by the coarse look."""
+        without = exclude
+        if asked.items.shape[1]:
+            # items with a score of their own are scored in any case
+            without = [joined(gone, mine) for gone, mine in zip(exclude, asked.own, strict=True)]
+        look = self._coarse_best if self.coarse else self._product_best
+        coarse, named = look(asked, keep, without)
+        lowest = coarse[:, -1]
+        if asked.items.shape[1]:
+            named = np.concatenate([named, asked.allowed(exclude)], axis=1)
+        scores = self._scored(asked, named, self.bias)
+        put_in_order(scores, named)
         best = Best(torch.from_numpy(scores[:, :k]), torch.from_numpy(named[:, :k]))
         # nothing that was not scored can be as high as the k-th score, if that is above this
-        lowest = coarse[:, -1]
         all_scored = np.isneginf(lowest)
-        limit = self._error.highest(np.where(all_scored, 0, lowest), users)
+        limit = self._error.highest(np.where(all_scored, 0, lowest), asked)
         for row in np.flatnonzero(~(all_scored | (scores[:, k - 1] > limit))).tolist():
-            floor = float(scores[row, k - 1])
-            again = self._best_above(user[row : row + 1], k, exclude[row], floor)
-            best.scores[row], best.items[row] = again.scores[0], again.items[0]
+            floor, one = float(scores[row, k - 1]), asked.at(slice(row, row + 1))
+            again = self._best_above(one, k, exclude[row], floor)
+            best.scores[row, :], best.items[row, :] = again.scores[0], again.items[0]
         return best
 
-    def _padded(self, users: np.ndarray) -> np.ndarray:
-        """Users ``[B, D]`` with zeros at the ends, as the table has them."""
-        found = np.zeros((len(users), self._table.shape[1]), dtype=np.float32)
-        found[:, : users.shape[1]] = users
-        return found
+    def _in_order(self, asked: _Asked, named: np.ndarray, k: int) -> Best:
+        scores = torch.from_numpy(self._scored(asked, named, self.bias))
+        values, items = in_order(scores, torch.from_numpy(named))
+        return Best(values[:, :k], items[:, :k])
 
-    def _best_above(self, user: Tensor, k: int, excluded: np.ndarray, floor: float) -> Best:
-        """The best of one user, of whom the k-th best score is known to be ``floor`` or higher."""
-        far = float(self._error.highest(np.zeros(1, np.float32), user.numpy())[0])
-        found = np.empty(len(self), dtype=np.int64)
-        count = coarse_above(
-            *(self._table, self._scales, self.bias.numpy()),
-            *(self._padded(user.numpy())[0], excluded),
-            *(far, self._error.by_score, floor, found),
+    def _coarse_best(
+        self, asked: _Asked, keep: int, without: Rows
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The highest coarse scores and their items, ``[B, keep]`` each."""
+        out = Packed.of(without)
+        values = np.full((len(asked), keep), -np.inf, dtype=np.float32)
+        named = np.full((len(asked), keep), NONE)
+        coarse_best(
+            *(*self._table, self._whole_bias(asked), asked.bias_rows, self._padded(asked)),
+            *(out.items, out.cuts, values, named),
         )
-        rows = torch.from_numpy(found[:count])[None]
-        return _in_order(self.scores(user, rows), rows, k)
+        return values, named
+
+    def _product_best(
+        self, asked: _Asked, keep: int, without: Rows
+    ) -> tuple[np.ndarray, np.ndarray]:
+        scores = self._product(asked)
+        scores[Packed.of(without).pairs()] = -torch.inf
+        values, items = scores.topk(keep)
+        return values.numpy(), items.masked_fill(values.isneginf(), NONE).numpy()
+
+    def _product(self, asked: _Asked) -> Tensor:
+        """Products and biases ``[B, I]`` in float32, on the CPU."""
+        users = torch.from_numpy(asked.users).to(self._placed.device)
+        scores = torch.mm(users, self._placed.T).cpu()
+        bias = torch.from_numpy(self._whole_bias(asked))
+        return scores.add_(bias if len(bias) == 1 else bias[torch.from_numpy(asked.bias_rows)])
+
+    def _whole_bias(self, asked: _Asked) -> np.ndarray:
+        """Biases ``[G, I]`` with those of the request, -inf for hidden items."""
+        bias = self.bias.numpy()[None]
+        return bias if len(asked.item_bias) == 0 else bias + asked.item_bias
+
+    def _best_above(self, asked: _Asked, k: int, exclude: np.ndarray, floor: float) -> Best:
+        """The best of one user, of whom the k-th best score is known to be ``floor`` or higher."""
+        far, by_score = float(self._error.far(asked)[0]), self._error.by_score
+        without = joined(exclude, asked.own[0])
+        if self.coarse:
+            found = np.empty(len(self), dtype=np.int64)
+            count = coarse_above(
+                *(*self._table, self._whole_bias(asked)[asked.bias_rows[0]]),
+                *(self._padded(asked)[0], without, far, by_score, floor, found),
+            )
+            rows = found[:count]
+        else:
+            coarse = self._product(asked)[0].numpy()
+            coarse[without] = -np.inf
+            there = ~np.isneginf(coarse)
+            high = np.where(there, coarse, 0)
+            high = high + np.abs(high) * by_score + far
+            rows = np.flatnonzero(there & (high >= floor))
+        named = np.concatenate([rows[None], asked.allowed([exclude])], axis=1)
+        return self._in_order(asked, named, k)
+
+    def _places(self, asked: _Asked, targets: np.ndarray, exclude: Rows) -> np.ndarray:
+        without = [joined(out, mine) for out, mine in zip(exclude, asked.own, strict=True)]
+        out = Packed.of(without)
+        scores = self._scored(asked, targets[:, None], self.bias)[:, 0]
+        barred = np.isneginf(scores)
+        barred |= [bool(np.isin(t, own)) for t, own in zip(targets, exclude, strict=True)]
+        error, before = self._product_error, np.empty(len(asked), dtype=np.int64)
+        count_before(
+            *(self._product(asked).numpy(), error.far(asked), error.by_score),
+            *(self.weight.numpy(), self.bias.numpy(), asked.item_bias, asked.bias_rows),
+            *(asked.users, out.items, out.cuts, targets, np.where(barred, 0, scores), before),
+        )
+        if asked.items.shape[1]:
+            # those with a score of their own
+            named = asked.allowed(exclude)
+            mine = self._scored(asked, named, self.bias)
+            lower = named < targets[:, None]
+            ahead = (mine > scores[:, None]) | ((mine == scores[:, None]) & lower)
+            before += (ahead & ~np.isneginf(mine)).sum(1)
+        return np.where(barred, len(self), before + 1)
+
+    def _similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        norms, bias = self._norms, self.bias.numpy()
+        unit = torch.from_numpy(self.weight[item].numpy() / norms[item].astype(np.float32))
+        coarse = torch.mv(self.weight, unit).numpy() / norms
+        gone = np.isneginf(bias)
+        gone[item] = True
+        coarse[gone] = -np.inf
+        far = 4 * (self.weight.shape[1] + 8) * _unit()
+        floor = np.partition(coarse, -k)[-k] - far
+        named = np.flatnonzero(~gone & (coarse >= floor))
+        scores = np.empty(named.size, dtype=np.float32)
+        exact_cosines(self.weight.numpy(), norms, item, named, scores)
+        order = np.lexsort((named, -scores))[:k]
+        values, items = np.full((1, k), -np.inf, np.float32), np.full((1, k), NONE)
+        values[0, : order.size], items[0, : order.size] = scores[order], named[order]
+        return values, items
+
+    @cached_property
+    def _table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Item vectors of 8 bits as the search reads them, and the scale of each."""
+        table, scales = self._in_8_bits()
+        return in_blocks(table.numpy()), scales.numpy()
+
+    def _in_8_bits(self) -> tuple[Tensor, Tensor]:
+        scales = self.weight.abs().amax(1).clamp(min=1e-30) / 127
+        return (self.weight / scales[:, None]).round().to(torch.int8), scales
+
+    @property
+    def _error(self) -> _Error:
+        return self._error_of_8_bits if self.coarse else self._product_error
+
+    @cached_property
+    def _error_of_8_bits(self) -> _Error:
+        table, scales = self._in_8_bits()
+        coarse = table * scales[:, None]
+        lost = 1.001 * float((self.weight - coarse).norm(dim=1).max())
+        longest, width = 1.001 * float(coarse.norm(dim=1).max()), self.weight.shape[1]
+        return _Error.made(lost, longest, width, self._highest_bias, UNITS["highest"])
+
+    @property
+    def _product_error(self) -> _Error:
+        # the precision of products is a setting of the process, which may change
+        return _Error.made(0.0, self._longest, self.weight.shape[1], self._highest_bias, _unit())
+
+    @cached_property
+    def _longest(self) -> float:
+        """The length of the longest item vector, or more."""
+        # norms in float32 are a little off themselves
+        return 1.001 * float(self.weight.norm(dim=1).max())
+
+    @cached_property
+    def _highest_bias(self) -> float:
+        return float(self._own_bias.abs().max())
+
+    @cached_property
+    def _norms(self) -> np.ndarray:
+        norms = np.empty(len(self), dtype=np.float64)
+        exact_norms(self.weight.numpy(), norms)
+        return norms
+
+    def _padded(self, asked: _Asked) -> np.ndarray:
+        """Users ``[B, D]`` with zeros at the ends, as the table has them."""
+        found = np.zeros((len(asked), self._table[0].shape[1]), dtype=np.float32)
+        found[:, : asked.users.shape[1]] = asked.users
+        return found
 
     # nearly
 
@@ -204,13 +396,13 @@ class Catalogue:
         Raises:
             ImportError: without the extra ``ann``.
         """
-        k = min(RECALL_AT, len(self))
+        k, asked = min(RECALL_AT, len(self)), self._asked(Query(queries))
         nothing = [NOTHING] * len(queries)
-        wanted = self._best(queries.float(), k, nothing).items
+        wanted = self._best(asked, k, nothing).items
         index = Index(self.weight, self._own_bias)
         index.hide(self.bias.isneginf().nonzero()[:, 0])
         for index.probes in probes:
-            found = self._named(index, queries.float(), k, nothing).items
+            found = self._named(index, asked, k, nothing).items
             self.recall = _recall(wanted, found)
             if self.recall >= RECALL:
                 self.index = index
@@ -224,27 +416,91 @@ class Catalogue:
         )
         return False
 
-    def _nearly_best(self, index: Index, user: Tensor, k: int, exclude: Rows) -> Best:
-        k = min(k, len(self))
+    def _nearly_best(self, index: Index, asked: _Asked, k: int, exclude: Rows) -> Best:
         if _named_for(k) + _most(exclude) > MOST_NAMED:
-            return self._best(user, k, exclude)
-        best = self._named(index, user, k, exclude)
-        short = best.scores[:, -1].isneginf().nonzero()[:, 0]
-        if short.numel():
-            again = self._best(user[short], k, [exclude[row] for row in short.tolist()])
-            best.scores[short], best.items[short] = again
+            return self._best(asked, k, exclude)
+        best = self._named(index, asked, k, exclude)
+        for row in best.scores[:, -1].isneginf().nonzero()[:, 0].tolist():
+            again = self._best(asked.at(slice(row, row + 1)), k, exclude[row : row + 1])
+            best.scores[row], best.items[row] = again.scores[0], again.items[0]
         return best
 
-    def _named(self, index: Index, user: Tensor, k: int, exclude: Rows) -> Best:
+    def _named(self, index: Index, asked: _Asked, k: int, exclude: Rows) -> Best:
         """The best of what the index names, with room for what is left out."""
         most = min(_named_for(k) + _most(exclude), len(self))
-        named, (rows, items) = index.nearest(user, most).sort(dim=1)[0], pairs_of(exclude)
-        scores = self.scores(user, named)
-        # one number for a user and an item
-        out = torch.isin(
-            named + torch.arange(len(user))[:, None] * len(self), rows * len(self) + items
-        )
-        return _in_order(scores.masked_fill(out, -torch.inf), named, k)
+        found = index.nearest(torch.from_numpy(asked.users), most).numpy()
+        for row, mine in enumerate(asked.own):
+            found[row, np.isin(found[row], joined(exclude[row], mine))] = NONE
+        return self._in_order(asked, np.concatenate([found, asked.allowed(exclude)], axis=1), k)
+
+
+class _Asked(NamedTuple):
+    """A query as arrays."""
+
+    users: np.ndarray  # [B, D] float32
+    item_bias: np.ndarray  # [G, I] float32, G 0 for none
+    bias_rows: np.ndarray  # [B] int64
+    items: np.ndarray  # [B, S] int64, rising, -1 first
+    added: np.ndarray  # [B, S] float32
+    own: list[np.ndarray]  # items without -1
+
+    @classmethod
+    def of(cls, query: Query) -> _Asked:
+        users = np.ascontiguousarray(query.vectors.detach().cpu().float().numpy())
+        count, none = len(users), np.empty((len(users), 0), dtype=np.float32)
+        item_bias, rows = np.empty((0, 0), dtype=np.float32), np.zeros(count, dtype=np.int64)
+        if query.item_bias is not None:
+            item_bias = np.ascontiguousarray(query.item_bias.detach().cpu().float().numpy())
+            if query.bias_rows is not None:
+                rows = query.bias_rows.cpu().numpy()
+        if query.items is None or query.added is None:
+            return cls(users, item_bias, rows, none.astype(np.int64), none, [NOTHING] * count)
+        items, order = query.items.cpu().sort(dim=1)
+        added = query.added.detach().cpu().float().gather(1, order).masked_fill(items < 0, 0.0)
+        if bool(((items[:, 1:] == items[:, :-1]) & (items[:, 1:] >= 0)).any()):
+            raise ValueError(
+                "a query names an item of a user once: expected distinct items, received repeats; "
+                "add up what the model has for one item"
+            )
+        found = np.ascontiguousarray(items.numpy())
+        return cls(users, item_bias, rows, found, added.numpy(), [r[r >= 0] for r in found])
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def at(self, part: slice) -> _Asked:
+        """Some of the users."""
+        users, bias, rows, items, added, own = self
+        return _Asked(users[part], bias, rows[part], items[part], added[part], own[part])
+
+    def added_to(self, items: np.ndarray) -> np.ndarray:
+        """What some items ``[B, n]`` have of their own; ``[B, 0]`` where there is nothing."""
+        if self.items.shape[1] == 0:
+            return self.added
+        found = np.zeros(items.shape, dtype=np.float32)
+        for row, mine in enumerate(self.items):
+            places = np.searchsorted(mine, items[row]).clip(max=mine.size - 1)
+            hits = (mine[places] == items[row]) & (items[row] >= 0)
+            found[row, hits] = self.added[row, places[hits]]
+        return found
+
+    def allowed(self, exclude: Rows) -> np.ndarray:
+        """Items with a score of their own ``[B, S]``, without those that must not come."""
+        found = self.items.copy()
+        for row, gone in enumerate(exclude if found.shape[1] else ()):
+            found[row, np.isin(found[row], gone)] = NONE
+        return found
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``[B]`` lengths of the user vectors, in float64."""
+        found: np.ndarray = np.sqrt(np.square(self.users, dtype=np.float64).sum(axis=1))
+        return found
+
+    @property
+    def highest_bias(self) -> float:
+        """The largest bias of the request, whatever its sign."""
+        return float(np.abs(self.item_bias).max(initial=0.0))
 
 
 class _Error(NamedTuple):
@@ -254,86 +510,32 @@ class _Error(NamedTuple):
     """In lengths of the user vector."""
     by_score: float
     """In coarse scores."""
+    by_bias: float
+    """In biases of the request."""
     fixed: float
 
     @classmethod
-    def of(cls, weight: Tensor, coarse: Tensor, bias: Tensor) -> _Error:
-        if not len(weight):
-            return cls(0.0, 0.0, 0.0)
-        # norms in float32 are a little off themselves
-        longest = 1.001 * float(coarse.norm(dim=1).max())
-        lost = 1.001 * float((weight - coarse).norm(dim=1).max())
-        sums = (weight.shape[1] + 8) * 2.0**-23
-        return cls(lost + sums * longest, 2.0**-21, sums * float(bias.abs().max()) + 1e-30)
+    def made(cls, lost: float, longest: float, width: int, bias: float, unit: float) -> _Error:
+        """The error of sums of ``width`` products with vectors of a length of ``longest`` at most,
+        which differ from the item vectors by ``lost``."""
+        sums = 2 * (width + 8) * unit
+        return cls(lost + sums * longest, 2.0**-21, sums, sums * bias + 1e-30)
 
-    def highest(self, coarse: np.ndarray, users: np.ndarray) -> np.ndarray:
+    def far(self, asked: _Asked) -> np.ndarray:
+        """``[B]`` in float32, without the part that goes with the coarse score."""
+        fixed = self.fixed + self.by_bias * asked.highest_bias
+        found: np.ndarray = (asked.lengths * (1.001 * self.by_length) + fixed).astype(np.float32)
+        return found
+
+    def highest(self, coarse: np.ndarray, asked: _Asked) -> np.ndarray:
         """Above the scores of items with coarse scores ``[B]``, or ``[n]`` of one user."""
-        far = np.sqrt((users * users).sum(axis=1)) * (1.001 * self.by_length) + self.fixed
-        limit: np.ndarray = far + np.abs(coarse) * self.by_score + coarse
+        limit: np.ndarray = self.far(asked) + np.abs(coarse) * self.by_score + coarse
         return limit
 
 
-def pairs_of(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Users and items ``[E]`` each, as scores of all users at once are masked by."""
-    users = np.repeat(np.arange(len(rows)), [own.size for own in rows])
-    return torch.from_numpy(users), torch.from_numpy(np.concatenate([NOTHING, *rows]))
-
-
-class Index:
-    """An inverted file over item vectors with their biases as one more dimension.
-
-    It is always built from vectors of our own and never read from a file, of which a damaged or
-    foreign one could do anything.
-
-    Raises:
-        ImportError: without the extra ``ann``.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        try:
-            import faiss
-        except ImportError as error:
-            raise ImportError('an index takes more: pip install "everlong[ann]"') from error
-        self._faiss: Any = faiss
-        self.probes = PROBES[0]
-        self._selector: Any = None
-        count, width = weight.shape
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        lists = max(1, min(int(4 * count**0.5), count // 39))
-        vectors = torch.cat([weight, bias[:, None]], dim=1).numpy()
-        index: Any = faiss.index_factory(width + 1, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-        index.cp.niter, index.cp.max_points_per_centroid = 10, 64
-        index.cp.min_points_per_centroid = 1
-        index.train(vectors)
-        for first in range(0, count, 1 << 16):
-            index.add(vectors[first : first + (1 << 16)])
-        self._index = index
-
-    def hide(self, items: Tensor) -> None:
-        """Items that are not named from now on; they replace those before."""
-        allowed = np.ones(self._index.ntotal, dtype=np.bool_)
-        allowed[items.numpy()] = False
-        bits = np.packbits(allowed, bitorder="little")
-        some = self._faiss.IDSelectorBitmap(bits) if items.numel() else None
-        self._selector = some
-
-    def nearest(self, user: Tensor, count: int) -> Tensor:
-        """Items ``[B, count]`` that may be the best of users ``[B, D]``; -1 for no more."""
-        faiss = self._faiss
-        # a setting of the calling thread
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        how = faiss.SearchParametersIVF(nprobe=self.probes, sel=self._selector)
-        queries = functional.pad(user, (0, 1), value=1.0).numpy()
-        return torch.from_numpy(self._index.search(queries, count, params=how)[1])
-
-
-def made_up(vectors: Tensor, length: float, count: int) -> Tensor:
-    """User vectors ``[count, D]`` between those of a few items each, of a given length."""
-    seeded = torch.Generator().manual_seed(0)
-    some = torch.randint(len(vectors), (count, 3), generator=seeded)
-    found = vectors[some].mean(1)
-    found += 0.1 * found.std() * torch.randn(found.shape, generator=seeded)
-    return functional.normalize(found, dim=1) * (length or float(vectors.norm(dim=1).mean()))
+def _unit() -> float:
+    """The relative error of one product and one sum of a matrix product in float32, or more."""
+    return UNITS[torch.get_float32_matmul_precision()]
 
 
 def _most(exclude: Rows) -> int:
@@ -344,13 +546,6 @@ def _most(exclude: Rows) -> int:
 def _named_for(k: int) -> int:
     """Items that an index names for a list of ``k``."""
     return 4 * k + 32
-
-
-def _in_order(scores: Tensor, items: Tensor, k: int) -> Best:
-    """The ``k`` best of items ``[B, C]`` in the order of their rows, by their scores ``[B, C]``."""
-    values, order = scores.sort(dim=1, descending=True, stable=True)
-    values, items = values[:, :k], items.gather(1, order[:, :k])
-    return Best(values, items.masked_fill(values.isneginf(), NONE))
 
 
 def _recall(wanted: Tensor, found: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""From scores to lists and ranks, exactly: ties are resolved by a rule, never by chance.
+"""From whole tables of scores to lists and ranks.
 
-In a list, the lower item row comes first among equal scores. In a rank, ties count against us.
-A score of -inf means "not to be recommended".
+Among equal scores the lower item row comes first, in a list and in a rank alike. A score of -inf
+means "not to be recommended".
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if a score is NaN or ``k`` is below 1.
     """
-    if k < 1:
-        raise ValueError(f"a list needs at least one place: expected k >= 1, received {k}")
+    check_k(k)
     k = min(k, scores.shape[1])
     if scores.numel() == 0:
         return scores[:, :k], torch.empty_like(scores[:, :k], dtype=torch.int64)
     values, items = torch.topk(scores, k)
     # topk puts NaN first
-    _refuse_nan(values)
+    refuse_nan(values)
     last = values[:, -1:]
     # only the values of topk are certain: among items equal to the last one it picks any
     straddles = (torch.count_nonzero(scores >= last, dim=1) > k) & ~last[:, 0].isneginf()
@@ -44,9 +43,64 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if rows.numel():
         items = items.index_copy(0, rows, _lowest_of_ties(scores[rows], last[rows], k))
     items = items.sort(dim=1)[0]
-    values, order = scores.gather(1, items).sort(dim=1, descending=True, stable=True)
-    items = items.gather(1, order)
-    return values, items.masked_fill(values.isneginf(), NONE)
+    return in_order(scores.gather(1, items), items)
+
+
+def in_order(scores: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and items ``[B, n]`` by falling score, the lower item first among equals.
+
+    Items of -inf become -1 and stand last.
+    """
+    items, order = items.sort(dim=1, stable=True)
+    values, order = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, items.gather(1, order).masked_fill(values.isneginf(), NONE)
+
+
+def rank_of(scores: Tensor, target: Tensor) -> Tensor:
+    """The place of each row's target in its list, from 1: ``[B]`` int64.
+
+    A target of -inf is in no list: it ranks last, at ``I``.
+
+    Args:
+        scores: ``[B, I]``.
+        target: ``[B]`` item of each row.
+
+    Raises:
+        ValueError: if a score is NaN, or there is not one target for each row.
+    """
+    if target.shape != scores.shape[:1]:
+        raise ValueError(
+            f"one target per row of scores: expected {scores.shape[0]}, received {target.numel()}"
+        )
+    if scores.numel() == 0:
+        return target
+    # the maximum of a row with NaN is NaN
+    refuse_nan(scores.amax(dim=1))
+    own = scores.gather(1, target[:, None])
+    lower = torch.arange(scores.shape[1], device=scores.device) < target[:, None]
+    before = torch.count_nonzero((scores > own) | ((scores == own) & lower), dim=1)
+    return torch.where(own[:, 0].isneginf(), scores.shape[1], before + 1)
+
+
+def mask_items(scores: Tensor, rows: Tensor, items: Tensor) -> Tensor:
+    """A copy of ``scores [B, I]`` with -inf at the pairs ``rows [E]``, ``items [E]``."""
+    # a copy, because scores may be a view of the model's own numbers
+    return scores.index_put((rows, items), scores.new_tensor(-torch.inf))
+
+
+def check_k(k: int) -> None:
+    """Raises ``ValueError`` if a list has no place."""
+    if k < 1:
+        raise ValueError(f"a list needs at least one place: expected k >= 1, received {k}")
+
+
+def refuse_nan(values: Tensor) -> None:
+    """Raises ``ValueError`` if a score is NaN."""
+    if bool(values.isnan().any()):
+        raise ValueError(
+            "scores must be numbers, received NaN; the model's parameters or state have "
+            "diverged: lower the learning rate or rebuild the state"
+        )
 
 
 def _lowest_of_ties(scores: Tensor, last: Tensor, k: int) -> Tensor:
@@ -56,116 +110,3 @@ def _lowest_of_ties(scores: Tensor, last: Tensor, k: int) -> Tensor:
     room = k - above.sum(dim=1, keepdim=True, dtype=torch.int32)
     chosen = above | (equal & (equal.cumsum(dim=1, dtype=torch.int32) <= room))
     return chosen.nonzero()[:, 1].view(-1, k)
-
-
-def _refuse_nan(values: Tensor) -> None:
-    if bool(values.isnan().any()):
-        raise ValueError(
-            "scores must be numbers, received NaN; the model's parameters or state have "
-            "diverged: lower the learning rate or rebuild the state"
-        )
-
-
-def rank_of(scores: Tensor, target: Tensor) -> Tensor:
-    """The rank of each row's target, from 1, ties counted against us: ``[B]`` int64.
-
-    A target whose score is -inf ranks last, ``I``.
-
-    Args:
-        scores: ``[B, I]``.
-        target: ``[B]`` item rows.
-
-    Raises:
-        ValueError: if a score is NaN or the shapes differ.
-    """
-    if scores.ndim != 2 or target.shape != scores.shape[:1]:
-        raise ValueError(
-            "expected scores [B, I] and one target per row [B], "
-            f"received {tuple(scores.shape)} and {tuple(target.shape)}"
-        )
-    if scores.numel() == 0:
-        return torch.empty_like(target, dtype=torch.int64)
-    # the maximum carries NaN, without a table of flags the size of the scores
-    _refuse_nan(scores.amax(dim=1))
-    own = scores.gather(1, target[:, None])
-    return torch.count_nonzero(scores >= own, dim=1)
-
-
-def mask_items(scores: Tensor, rows: Tensor, items: Tensor) -> Tensor:
-    """A copy of ``scores [B, I]`` with -inf at the pairs ``rows [E]``, ``items [E]``."""
-    # a copy, because scores may be a view of the model's own numbers
-    return scores.index_put((rows, items), scores.new_tensor(-torch.inf))
-
-
-def top_k_items(
-    user: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    k: int,
-    *,
-    exclude: tuple[Tensor, Tensor] | None = None,
-    scores_per_batch: int = SCORES_PER_BATCH,
-) -> tuple[Tensor, Tensor]:
-    """``top_k(user @ weight.T + bias, k)`` in bounded memory, whatever the catalogue.
-
-    Args:
-        user: ``[B, D]`` user vectors.
-        weight: ``[I, D]`` item vectors.
-        bias: ``[I]``.
-        k: places wanted.
-        exclude: packed pairs (rows ``[E]``, items ``[E]``) that must not be listed.
-        scores_per_batch: scores held at once.
-
-    Returns:
-        Scores and items, ``[B, min(k, I)]`` each, as :func:`top_k` returns them.
-    """
-    num_users, num_items = user.shape[0], weight.shape[0]
-    if num_users == 0:
-        return top_k(user.new_empty(0, num_items), k)
-    item_block = min(num_items, max(scores_per_batch // num_users, 1024))
-    user_block = max(1, scores_per_batch // item_block)
-    rows, items = exclude if exclude is not None else (user.new_empty(0, dtype=torch.int64),) * 2
-    lists = []
-    for first in range(0, num_users, user_block):
-        here = (rows >= first) & (rows < first + user_block)
-        pairs = rows[here] - first, items[here]
-        part = user[first : first + user_block]
-        lists.append(_top_k_blocks(part, weight, bias, k, pairs, item_block))
-    values, found = zip(*lists, strict=True)
-    return torch.cat(values), torch.cat(found)
-
-
-def _top_k_blocks(
-    user: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    k: int,
-    exclude: tuple[Tensor, Tensor],
-    item_block: int,
-) -> tuple[Tensor, Tensor]:
-    """``top_k`` of some users, block of items by block of items."""
-    num_items = weight.shape[0]
-    starts = torch.arange(0, num_items + item_block, item_block, device=user.device)
-    items, order = exclude[1].sort()
-    rows = exclude[0][order]
-    edges = torch.searchsorted(items, starts).tolist()
-    best = user.new_empty(user.shape[0], 0), torch.empty_like(user[:, :0], dtype=torch.int64)
-    for block, first in enumerate(range(0, num_items, item_block)):
-        own = slice(first, first + item_block)
-        scores = torch.addmm(bias[own].to(user.dtype), user, weight[own].to(user.dtype).T)
-        pairs = slice(edges[block], edges[block + 1])
-        scores[rows[pairs], items[pairs] - first] = -torch.inf
-        values, found = top_k(scores, k)
-        found = torch.where(found == NONE, NONE, found + first)
-        best = _merge(best, (values, found), k)
-    return best
-
-
-def _merge(
-    best: tuple[Tensor, Tensor], later: tuple[Tensor, Tensor], k: int
-) -> tuple[Tensor, Tensor]:
-    """One list of two, where every item of ``later`` has a higher row than those of ``best``."""
-    # the first of equal columns is the lower item row, because each list is ordered so
-    values, columns = top_k(torch.cat([best[0], later[0]], dim=1), k)
-    items = torch.cat([best[1], later[1]], dim=1).gather(1, columns.clamp(min=0))
-    return values, items.masked_fill(columns == NONE, NONE)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from everlong.models.batch import Batch
+from everlong.models.query import Query
 from everlong.models.ranker import Ranker
 from everlong.models.registry import config_class, stored_model_class
 from everlong.models.state import State, field_names
@@ -87,6 +87,21 @@ class TwoStage(UserModel):
         """The training path of the retriever."""
         return self.retriever(events, None if state is None else self.parts(state)[0])  # type: ignore[no-any-return]
 
+    @property
+    def scores_by_products(self) -> bool:
+        """Whether the retriever scores by products."""
+        return self.retriever.scores_by_products
+
+    @property
+    def num_candidates(self) -> int | None:
+        """Items that the retriever names for the ranker."""
+        candidates: int = self.config.candidates
+        return candidates
+
+    def query(self, state: State, at: Tensor | None = None) -> Query:
+        """The query of the retriever."""
+        return self.retriever.query(self.parts(state)[0], at)
+
     def user_embedding(self, state: State, at: Tensor | None = None) -> Tensor:
         """The user vector of the retriever."""
         return self.retriever.user_embedding(self.parts(state)[0], at)
@@ -124,25 +139,3 @@ def joined(retriever: State, ranker: State) -> State:
     names += [f"ranker_{name}" for name in field_names(ranker)]
     kind: type[State] = namedtuple("TwoStageState", names)  # type: ignore[misc]
     return kind(*retriever, *ranker)
-
-
-def rerank(
-    model: TwoStage, state: State, items: Tensor, at: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Retrieved items ``[B, C]`` (-1 where there are fewer) in the order of the ranker.
-
-    Returns:
-        Scores of the ranker ``[B, C]``, falling, and items; missing ones last, at minus infinity.
-    """
-    scores = torch.full(items.shape, -torch.inf, device=items.device)
-    there = items >= 0
-    # sets of one size together: a place without an item must not be a candidate
-    for count in torch.unique(there.sum(1)).tolist():
-        rows = (there.sum(1) == count).nonzero().flatten()
-        if count > 0:
-            part = type(state)(*(value[rows] for value in state))
-            when = None if at is None else at[rows]
-            found = model.rank_candidates(part, items[rows, :count], when)
-            scores[rows, :count] = found.to(scores.dtype)
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return scores.gather(1, order), items.gather(1, order)

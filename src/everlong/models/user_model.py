@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from everlong.models.batch import Batch
+from everlong.models.query import Query
 from everlong.models.state import S
 
 StateKind = Literal["order-dependent", "additive"]
@@ -78,6 +79,20 @@ class UserModel(nn.Module, Generic[S]):
         return tuple(self.field_codes)
 
     @property
+    def scores_by_products(self) -> bool:
+        """Whether scores are those of ``query`` and ``item_embeddings``, so that the best of a
+        large catalogue are found without scoring all of it."""
+        kind = type(self)
+        own = kind.score is not UserModel.score or kind.score_vectors is not UserModel.score_vectors
+        return kind.item_embeddings is not UserModel.item_embeddings and not own
+
+    @property
+    def num_candidates(self) -> int | None:
+        """How many of the best by ``score`` ``rank_candidates`` puts in order; None: a list is in
+        the order of ``score``."""
+        return None
+
+    @property
     def set_dependent(self) -> bool:
         """Whether the score of a candidate depends on which others it stands among."""
         return False
@@ -125,6 +140,14 @@ class UserModel(nn.Module, Generic[S]):
         vector: Tensor = state.user  # type: ignore[attr-defined]
         return vector
 
+    def query(self, state: S, at: Tensor | None = None) -> Query:
+        """What the scores of users ``[B]`` at the times ``at [B]`` of requests are made of.
+
+        By default the user vectors alone; a model that adds a bias of the time of the request, or
+        scores of its own for a few items of each user, says so here.
+        """
+        return Query(self.user_embedding(state, at))
+
     def item_embeddings(self) -> ItemEmbeddings:
         """Item vectors and biases of a model whose scores are dot products."""
         raise TypeError(
@@ -156,7 +179,15 @@ class UserModel(nn.Module, Generic[S]):
         Returns:
             ``[B, I]`` or ``[B, C]``, higher is better.
         """
-        return self.score_vectors(self.user_embedding(state, at), items)
+        query = self.query(state, at)
+        return query.add_to(self.score_vectors(query.vectors, items), items)
+
+    def rank_candidates(self, state: S, items: Tensor, at: Tensor | None = None) -> Tensor:
+        """Scores ``[B, C]`` by which candidates ``[B, C]`` are put in order; ``score`` by default.
+
+        A model with a second stage says in ``num_candidates`` how many items come to it.
+        """
+        return self.score(state, items, at)
 
 
 class CountingModel(UserModel[S]):

@@ -43,6 +43,7 @@ def coarse_best(
     table: np.ndarray,
     scales: np.ndarray,
     bias: np.ndarray,
+    bias_rows: np.ndarray,
     users: np.ndarray,
     excluded: np.ndarray,
     cuts: np.ndarray,
@@ -54,7 +55,8 @@ def coarse_best(
     Args:
         table: int8 by ``in_blocks``; a row times its scale is nearly an item vector.
         scales: ``[I]``.
-        bias: ``[I]``, -inf for items that are hidden.
+        bias: ``[G, I]``, -inf for items that are hidden.
+        bias_rows: ``[B]`` rows of ``bias``.
         users: ``[B, D']``, with zeros at the end of each.
         excluded: ``[E]`` items that must not come, user by user, rising.
         cuts: ``[B + 1]`` where those of each user begin.
@@ -65,7 +67,8 @@ def coarse_best(
     for block in range(table.shape[0]):
         first = block * BLOCK
         for user in range(users.shape[0]):
-            count = _scores(table[block], scales, bias, users[user], first, scores)
+            base = bias[bias_rows[user]]
+            count = _scores(table[block], scales, base, users[user], first, scores)
             own = excluded[cuts[user] : cuts[user + 1]]
             for start in range(0, count, SOME):
                 some = scores[start : min(start + SOME, count)]
@@ -96,59 +99,6 @@ def _put(
             values[place], items[place] = values[place - 1], items[place - 1]
             place -= 1
         values[place], items[place] = scores[n], first + n
-
-
-@njit(**_FLAGS)  # pragma: no cover - compiled
-def exact_scores(
-    weight: np.ndarray, bias: np.ndarray, users: np.ndarray, items: np.ndarray, scores: np.ndarray
-) -> None:
-    """Scores ``[B, n]`` of items ``[B, n]``; -inf for an item of -1."""
-    for user in range(users.shape[0]):
-        for n in range(items.shape[1]):
-            item = items[user, n]
-            scores[user, n] = -np.inf
-            if item >= 0:
-                scores[user, n] = _score(weight[item], bias[item], users[user])
-
-
-@njit(**_FLAGS)  # pragma: no cover - compiled
-def _score(vector: np.ndarray, bias: np.float32, user: np.ndarray) -> np.float32:
-    """Summed in float64 and rounded once: what an item has does not depend on who else asks."""
-    total = np.float64(bias)
-    for m in range(user.size):
-        total += np.float64(vector[m]) * np.float64(user[m])
-    return np.float32(total)
-
-
-@njit(**_FLAGS)  # pragma: no cover - compiled
-def put_in_order(
-    weight: np.ndarray, bias: np.ndarray, users: np.ndarray, items: np.ndarray, scores: np.ndarray
-) -> None:
-    """Scores some items of each user, in float64, and puts them in order, in place.
-
-    Args:
-        weight: ``[I, D]``.
-        bias: ``[I]``.
-        users: ``[B, D]``.
-        items: ``[B, n]``, -1 for none; afterwards best first, the lower row first among equals.
-        scores: ``[B, n]``, where the scores go, rounded to float32; -inf for none.
-    """
-    for user in range(users.shape[0]):
-        own, named, found, count = users[user], items[user], scores[user], 0
-        for n in range(named.size):
-            item = named[n]
-            if item < 0:
-                continue
-            score, place = _score(weight[item], bias[item], own), count
-            while place > 0 and (
-                found[place - 1] < score or (found[place - 1] == score and named[place - 1] > item)
-            ):
-                found[place], named[place] = found[place - 1], named[place - 1]
-                place -= 1
-            found[place], named[place] = score, item
-            count += 1
-        found[count:] = -np.inf
-        named[count:] = -1
 
 
 @njit(**_FLAGS)  # pragma: no cover - compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from everlong.inference.seen import UserBytes
 from everlong.models.user_model import UserModel
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 SHOWN = ("NDCG@10", "Recall@10", "HitRate@10", "MRR@10")
 
 
-def card(name: str, origin: Origin, model: UserModel, bytes_per_user: int) -> str:
+def card(name: str, origin: Origin, model: UserModel, bytes_per_user: UserBytes) -> str:
     """Markdown that says what a model is, what it learned from and how good it was."""
     data = origin.data
     numbers = sum(parameter.numel() for parameter in model.parameters())
@@ -23,7 +24,7 @@ def card(name: str, origin: Origin, model: UserModel, bytes_per_user: int) -> st
         "",
         f"- learned from {data['events']:,} events of {data['users']:,} users"
         f" (fingerprint `{data['fingerprint'][:12]}`)",
-        f"- {numbers:,} parameters; {bytes_per_user:,} bytes per user, however long the history",
+        f"- {numbers:,} parameters; {bytes_per_user}; only seen items grow with the history",
         f"- protocol `{origin.protocol.name}`, seed {origin.train.seed}",
         f"- state: {model.state_kind}",
         "",

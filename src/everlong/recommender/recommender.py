@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from everlong.data.arrays import IntArray
 from everlong.data.events import Events, read_events, restrict_to_catalogue
@@ -22,11 +21,16 @@ from everlong.data.reading import Source
 from everlong.data.split import Protocol, split
 from everlong.data.times import TimeUnit
 from everlong.evaluation.next_item import Evaluation, evaluate
-from everlong.inference.topk import SCORES_PER_BATCH, mask_items, top_k
+from everlong.inference.catalogue import Best
+from everlong.inference.filters import NOTHING, Named, joined
+from everlong.inference.retriever import Retriever
+from everlong.inference.seen import UserBytes
+from everlong.models import state as states
 from everlong.models.device import device_of, named_device, serving
 from everlong.models.item_vectors import for_serving, same_space, with_more_items
 from everlong.models.registry import config_class, load_model_class, stored_model_class
-from everlong.models.two_stage import TwoStage, rerank
+from everlong.models.state import State
+from everlong.models.two_stage import TwoStage
 from everlong.models.user_model import UserModel
 from everlong.recommender.card import card
 from everlong.recommender.folder import read_folder, write_folder
@@ -41,8 +45,9 @@ log = logging.getLogger(__name__)
 TWO_STAGE = "two_stage"
 """Name of a model that is a retriever and a ranker."""
 
-SEEN_CAPACITY = 1024
-"""Item rows kept for each user so that seen items can be filtered: 4 KB."""
+
+Items = Sequence[Any] | pl.Series | Mapping[Any, Sequence[Any]]
+"""Ids of items, for all users alike or of each user."""
 
 
 class UpdateReport(NamedTuple):
@@ -58,7 +63,7 @@ class UpdateReport(NamedTuple):
     late: int
     """Events older than one that was read before; read in the order of arrival all the same."""
     skipped: Mapping[str, int]
-    """Rows without a usable id or time, by reason."""
+    """IntArray without a usable id or time, by reason."""
 
 
 class Recommender:
@@ -70,40 +75,63 @@ class Recommender:
     def __init__(
         self, model: UserModel, item_ids: IdMap, origin: Origin, users: UserTable | None = None
     ) -> None:
-        self.model = for_serving(model)
         self.item_ids = item_ids
+        self._set_model(model)
         self.origin = origin
         if users is None:
             with serving(model):
-                users = UserTable(model.initial_state(1), SEEN_CAPACITY)
+                users = UserTable(model.initial_state(1))
         self.users = users
 
     def __repr__(self) -> str:
         return (
             f"Recommender({self.origin.model}: {len(self.item_ids):,} items, "
-            f"{len(self.users):,} users, {self.bytes_per_user:,} bytes per user)"
+            f"{len(self.users):,} users, {self.bytes_per_user})"
         )
 
     @property
-    def bytes_per_user(self) -> int:
-        """Bytes kept for a user, whatever the length of the history."""
+    def bytes_per_user(self) -> UserBytes:
+        """Bytes kept for a user: all but the seen items whatever the length of the history."""
         return self.users.bytes_per_user
+
+    @property
+    def model(self) -> UserModel:
+        """The model, in evaluation mode; its parameters stay as they are."""
+        return self._model
+
+    @property
+    def retriever(self) -> Retriever:
+        """What makes lists from the states of the model."""
+        return self._retriever
+
+    def _set_model(self, model: UserModel) -> None:
+        self._model = for_serving(model)
+        self._retriever = Retriever(model)
 
     def recommend(
         self,
         users: Sequence[Any] | Mapping[Any, Sequence[Any]] | pl.Series,
         *,
         k: int = 10,
-        filter_seen: bool = True,
+        filter_seen: bool | None = None,
+        exclude: Items | None = None,
+        among: Items | None = None,
         at: int | datetime | None = None,
     ) -> pl.DataFrame:
         """The best items for each user: ``user_id, item_id, score, rank``, rank from 1.
+
+        Among equal scores the item that comes first in the catalogue comes first. Ids in
+        ``exclude`` and ``among`` that are not in the catalogue are left out, and their number is
+        logged.
 
         Args:
             users: ids of known users; or histories of anybody, oldest item first, as a mapping
                 from any name to a list of item ids. Nothing is kept of histories.
             k: items for each user; fewer come if the catalogue is smaller or all else was seen.
-            filter_seen: leave out the items that a user has seen.
+            filter_seen: leave out the items that a user has seen; by default as the model was
+                evaluated, that is unless its protocol has ``seen="keep"``.
+            exclude: ids of items that must not come; of each user as a mapping from users to ids.
+            among: ids of the only items that may come; a user that a mapping lacks may get any.
             at: time of the request, Unix seconds or a datetime (UTC if it has no time zone), for
                 models that use it.
 
@@ -112,33 +140,48 @@ class Recommender:
         """
         if k < 1:
             raise ValueError(f"expected k >= 1, received {k}")
+        if filter_seen is None:
+            filter_seen = self.origin.protocol.seen == "mask"
         if isinstance(users, Mapping):
             table, names = self._read_histories(users)
             rows = np.arange(len(names), dtype=np.int64)
         else:
             table, names = self.users, _series("user_id", users)
             rows = self._known_users(names)
-        return self._list(table, rows, names.alias("user_id"), k, filter_seen, _seconds(at))
+        without = table.seen.rows(rows) if filter_seen else [NOTHING] * len(rows)
+        filters = _Filters(self.item_ids, names.to_list(), exclude, among)
+        found = self._retriever.recommend(
+            self._states(table, rows),
+            k,
+            at=self._times(at, len(rows)),
+            exclude=[joined(a, b) for a, b in zip(without, filters.exclude, strict=True)],
+            among=filters.among,
+        )
+        return self._frame(names.alias("user_id"), "item_id", found)
 
     def rank(
         self,
         users: Sequence[Any] | pl.Series,
         candidates: Sequence[Sequence[Any]],
         *,
+        exclude: Items | None = None,
+        among: Items | None = None,
         at: int | datetime | None = None,
     ) -> pl.DataFrame:
-        """Candidates of each user in the order of the ranker: ``user_id, item_id, score, rank``.
+        """Candidates of each user in order: ``user_id, item_id, score, rank``, rank from 1.
 
-        The candidates of a user are one set: what is among them may change the order of the rest.
-        Without a ranker they are ordered by the scores that recommendations are made from.
+        The order is that of ``recommend``. With a ranker the candidates of a user are one set: what
+        is among them may change the order of the rest. Candidates that are not in the catalogue
+        stand at the end of the rows of their user, without a score and a rank.
 
         Args:
             users: ids of known users.
             candidates: item ids for each of them; one that is there twice is kept once.
+            exclude, among: candidates that are left out, as of ``recommend``.
             at: time of the request, Unix seconds or a datetime (UTC if it has no time zone).
 
         Raises:
-            ValueError: if a user or an item is unknown, or there is not one list for each user.
+            ValueError: if a user is unknown, or there is not one list for each user.
         """
         names = _series("user_id", users)
         if len(names) != len(candidates):
@@ -146,25 +189,29 @@ class Recommender:
                 f"expected one list of candidates a user, received {len(candidates)} lists for "
                 f"{len(names)} users"
             )
-        when, lists = _seconds(at), []
-        rows, device = self._known_users(names), device_of(self.model)
-        with serving(self.model):
-            for place, items in enumerate(candidates):
-                ids = _series("item_id", items).unique(maintain_order=True)
-                known = torch.from_numpy(self._known_items(ids)) if len(ids) else torch.zeros(0)
-                state = self.users.read_states(torch.from_numpy(rows[place : place + 1]))
-                state = type(state)(*(value.to(device) for value in state))
-                asked = None if when is None else torch.tensor([when], device=device)
-                known = known.long()[None].to(device)
-                if isinstance(self.model, TwoStage):
-                    scores, known = rerank(self.model, state, known, asked)
-                else:
-                    scores = self.model.score(state, known, asked)
-                    scores, order = scores.sort(dim=1, descending=True, stable=True)
-                    known = known.gather(1, order)
-                lists.append((scores.cpu(), known.cpu()))
-        frames = [self._frame(names[n : n + 1], "item_id", [part]) for n, part in enumerate(lists)]
-        return pl.concat(frames) if frames else self._frame(names, "item_id", [])
+        rows = self._known_users(names)
+        filters = _Filters(self.item_ids, names.to_list(), exclude, among)
+        named = [_named(self.item_ids, items) for items in candidates]
+        kept = [filters.kept(row, one.rows) for row, one in enumerate(named)]
+        items = torch.full((len(kept), max((own.size for own in kept), default=0)), -1)
+        for row, own in enumerate(kept):
+            items[row, : own.size] = torch.from_numpy(own)
+        found = self._retriever.rank(
+            self._states(self.users, rows), items, self._times(at, len(rows))
+        )
+        frame = self._frame(names, "item_id", found)
+        lost = [(row, item) for row, one in enumerate(named) for item in one.unknown]
+        if not lost:
+            return frame
+        unknown = pl.DataFrame(
+            [
+                names.gather([row for row, _ in lost]),
+                pl.Series("item_id", [item for _, item in lost], dtype=self.item_ids.dtype),
+            ]
+        ).with_columns(score=pl.lit(None, pl.Float32), rank=pl.lit(None, pl.Int32))
+        # rows of one user together, in the order in which users were given
+        owners = np.concatenate([self._owners(found), np.array([row for row, _ in lost])])
+        return pl.concat([frame, unknown])[np.argsort(owners, kind="stable")]
 
     def update(
         self,
@@ -233,7 +280,7 @@ class Recommender:
             ValueError: if the model knows items by their ids alone or has a ranker, or vectors or
                 ids are not of the kind that it was trained with.
         """
-        if isinstance(self.model, TwoStage):
+        if self.model.num_candidates is not None:
             raise ValueError(
                 "the ranker knows no items but those it was trained with: expected a recommender "
                 "without one; add the items before fit_ranker"
@@ -256,7 +303,8 @@ class Recommender:
             )
         larger = with_more_items(self.model, torch.from_numpy(vectors[new]))
         item_ids = self.item_ids.extended(ids.filter(pl.Series(new)))
-        self.model, self.item_ids = for_serving(larger), item_ids
+        self.item_ids = item_ids
+        self._set_model(larger)
         return int(new.sum())
 
     def evaluate(self, events: Source | Events, *, part: str = "test") -> Evaluation:
@@ -292,20 +340,9 @@ class Recommender:
             ValueError: if ``k`` is below 1, or an item is unknown.
             TypeError: if the model has no item vectors.
         """
-        if k < 1:
-            raise ValueError(f"expected k >= 1, received {k}")
         ids = _series("item_id", items)
-        rows = torch.from_numpy(self._known_items(ids))
-        weight = self.model.item_embeddings().weight.detach().cpu()
-        if weight.shape[1] < 2:
-            raise TypeError(f"the model {self.origin.model!r} has no item vectors to compare")
-        vectors = torch.nn.functional.normalize(weight, dim=1)
-        lists = []
-        for part in torch.split(rows, max(1, SCORES_PER_BATCH // len(self.item_ids))):
-            scores = vectors[part] @ vectors.T
-            scores[torch.arange(len(part)), part] = -torch.inf
-            lists.append(top_k(scores, k))
-        return self._frame(ids, "similar_item_id", lists)
+        found = self._retriever.similar(torch.from_numpy(self._known_items(ids)), k)
+        return self._frame(ids, "similar_item_id", found)
 
     def user_ids_from_text(self, texts: Sequence[str]) -> pl.Series:
         """Ids of users written as text, such as command line words, in the type of the log.
@@ -401,7 +438,7 @@ class Recommender:
         rows = self._known_items(_series("item_id", flat)) if flat else np.zeros(0, np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         with serving(self.model):
-            table = UserTable(self.model.initial_state(1), SEEN_CAPACITY)
+            table = UserTable(self.model.initial_state(1))
         table.add(pl.Series(range(len(names))))
         events = Events(
             items=rows.astype(np.int32),
@@ -413,54 +450,62 @@ class Recommender:
         read_into(self.model, table, events)
         return table, names
 
-    def _list(
-        self,
-        table: UserTable,
-        rows: IntArray,
-        names: pl.Series,
-        k: int,
-        filter_seen: bool,
-        at: int | None,
-    ) -> pl.DataFrame:
-        lists = []
-        size = max(1, SCORES_PER_BATCH // len(self.item_ids))
-        device = device_of(self.model)
-        with serving(self.model):
-            for start in range(0, len(rows), size):
-                part = rows[start : start + size]
-                state = table.read_states(torch.from_numpy(part))
-                state = type(state)(*(value.to(device) for value in state))
-                when = None if at is None else torch.full((len(part),), at, device=device)
-                scores = self.model.score(state, at=when).cpu()
-                if filter_seen:
-                    scores = mask_items(scores, *table.seen_pairs(part))
-                if isinstance(self.model, TwoStage):
-                    named = top_k(scores, max(k, self.model.config.candidates))[1].to(device)
-                    ranked = rerank(self.model, state, named, when)
-                    lists.append((ranked[0][:, :k].cpu(), ranked[1][:, :k].cpu()))
-                else:
-                    lists.append(top_k(scores, k))
-        return self._frame(names, "item_id", lists)
+    def _states(self, table: UserTable, rows: IntArray) -> State:
+        """The states of some users, where the model is."""
+        found = table.read_states(torch.from_numpy(rows))
+        return states.to_device(found, device_of(self.model))
 
-    def _frame(
-        self, names: pl.Series, found: str, lists: list[tuple[Tensor, Tensor]]
-    ) -> pl.DataFrame:
+    def _times(self, at: int | datetime | None, count: int) -> torch.Tensor | None:
+        when = _seconds(at)
+        return None if when is None else torch.full((count,), when, device=device_of(self.model))
+
+    def _frame(self, names: pl.Series, found: str, best: Best) -> pl.DataFrame:
         """One row for each item of each list, best first; places without an item are left out."""
-        if not lists:
-            lists = [(torch.empty(0, 1), torch.empty(0, 1, dtype=torch.int64))]
-        scores = torch.cat([scores for scores, _ in lists])
-        items = torch.cat([items for _, items in lists])
-        width = items.shape[1]
-        owners = np.repeat(np.arange(len(names)), width)
+        count, width = best.items.shape
         frame = pl.DataFrame(
             [
-                names.gather(owners),
-                self.item_ids.ids(items.flatten().numpy()).alias(found),
-                pl.Series("score", scores.flatten().float().numpy()),
-                pl.Series("rank", np.tile(np.arange(1, width + 1, dtype=np.int32), len(names))),
+                names.gather(np.repeat(np.arange(count), width)),
+                self.item_ids.ids(best.items.flatten().numpy()).alias(found),
+                pl.Series("score", best.scores.flatten().numpy()),
+                pl.Series("rank", np.tile(np.arange(1, width + 1, dtype=np.int32), count)),
             ]
         )
-        return frame.filter(pl.Series(items.flatten().numpy() >= 0))
+        return frame.filter(pl.Series(best.items.flatten().numpy() >= 0))
+
+    def _owners(self, best: Best) -> IntArray:
+        """The place of the user of each row of the frame of some lists."""
+        return np.nonzero(best.items.numpy() >= 0)[0]
+
+
+class _Filters:
+    """Filters of users ``[B]`` as rows of the catalogue."""
+
+    def __init__(
+        self, item_ids: IdMap, names: list[Any], exclude: Items | None, among: Items | None
+    ) -> None:
+        self._item_ids, self._unknown = item_ids, 0
+        self.exclude = [NOTHING if ids is None else ids for ids in self._rows(exclude, names)]
+        self.among = self._rows(among, names)
+        if self._unknown:
+            log.warning("%d items of exclude or among are not in the catalogue", self._unknown)
+
+    def _rows(self, items: Items | None, names: list[Any]) -> list[np.ndarray | None]:
+        if items is None:
+            return [None] * len(names)
+        if isinstance(items, Mapping):
+            mine = {name: self._rising(ids) for name, ids in items.items()}
+            return [mine.get(name) for name in names]
+        return [self._rising(items)] * len(names)
+
+    def _rising(self, ids: Sequence[Any] | pl.Series) -> np.ndarray:
+        named = _named(self._item_ids, ids)
+        self._unknown += len(named.unknown)
+        return named.rising
+
+    def kept(self, row: int, items: np.ndarray) -> np.ndarray:
+        """Items ``[n]`` of a user that are not left out."""
+        allowed, only = ~np.isin(items, self.exclude[row]), self.among[row]
+        return items[allowed if only is None else allowed & np.isin(items, only)]
 
 
 def load(
@@ -515,6 +560,17 @@ def load(
     )
     users = UserTable.restore(stored.user_ids, stored.users, initial)
     return Recommender(model, IdMap.in_order(stored.item_ids), origin, users)
+
+
+def _named(item_ids: IdMap, ids: Sequence[Any] | pl.Series) -> Named:
+    """Items named by ids from outside.
+
+    Raises:
+        ValueError: if they are no list, of several types, or of another kind than those of the log.
+    """
+    series = _series("item_id", ids).unique(maintain_order=True)
+    rows = item_ids.rows(series) if len(series) else NOTHING
+    return Named(rows[rows >= 0], series.filter(pl.Series(rows < 0)).to_list())
 
 
 def _series(name: str, ids: Sequence[Any] | pl.Series) -> pl.Series:

@@ -13,6 +13,7 @@ from everlong.data.arrays import IntArray
 from everlong.data.dataset import gather, plan_batches
 from everlong.data.events import Events
 from everlong.inference.encode import EVENTS_PER_BATCH
+from everlong.inference.seen import MemorySeen, UserBytes
 from everlong.models import state as states
 from everlong.models.batch import Batch
 from everlong.models.device import device_of, serving
@@ -21,23 +22,17 @@ from everlong.models.user_model import UserModel
 
 
 class UserTable:
-    """One row a user: state, number of events, time of the last one, and items seen lately.
-
-    A state of fixed size cannot know everything a user saw, so the item rows of the last
-    ``seen_capacity`` events are kept beside it and counted in ``bytes_per_user``.
+    """One row a user: state, number of events, time of the last one, and all items seen.
 
     Args:
         initial: the state of one user without events.
-        seen_capacity: how many item rows are kept for each user.
     """
 
-    def __init__(self, initial: State, seen_capacity: int) -> None:
-        if seen_capacity < 0:
-            raise ValueError(f"expected seen_capacity >= 0, received {seen_capacity}")
+    def __init__(self, initial: State) -> None:
         self._initial = states.detach(initial)
         self._rows: dict[Any, int] = {}
         self.states = states.take(self._initial, torch.empty(0, dtype=torch.int64))
-        self.seen = torch.empty(0, seen_capacity, dtype=torch.int32)
+        self.seen = MemorySeen()
         self.num_events = np.zeros(0, dtype=np.int64)
         self.last_time = np.zeros(0, dtype=np.int64)
 
@@ -45,9 +40,11 @@ class UserTable:
         return len(self._rows)
 
     @property
-    def bytes_per_user(self) -> int:
-        """State, seen items and the two counters."""
-        return states.bytes_per_user(self._initial) + 4 * self.seen.shape[1] + 16
+    def bytes_per_user(self) -> UserBytes:
+        """State, the two counters, and seen items with where they begin."""
+        self.seen.merge()
+        seen = self.seen.items.nbytes / max(1, len(self)) + 8
+        return UserBytes(states.bytes_per_user(self._initial), 16, seen)
 
     @property
     def ids(self) -> list[Any]:
@@ -78,14 +75,12 @@ class UserTable:
 
     def _reserve(self, size: int) -> None:
         """Room for ``size`` users; grows by doubling, so that adding one at a time stays cheap."""
-        have = self.seen.shape[0]
+        have = self.num_events.size
         if size <= have:
             return
         more = max(size, 2 * have) - have
         fresh = states.take(self._initial, torch.zeros(more, dtype=torch.int64))
         self.states = states.concat([self.states, fresh])
-        empty = torch.full((more, self.seen.shape[1]), -1, dtype=torch.int32)
-        self.seen = torch.cat([self.seen, empty])
         self.num_events = np.concatenate([self.num_events, np.zeros(more, dtype=np.int64)])
         self.last_time = np.concatenate([self.last_time, np.zeros(more, dtype=np.int64)])
 
@@ -111,11 +106,7 @@ class UserTable:
         owners = np.repeat(rows, lengths)
         known = self.num_events[owners] > 0
         late = int((known & (times < self.last_time[owners])).sum())
-        capacity = self.seen.shape[1]
-        place = np.arange(len(items)) - np.repeat(offsets[:-1], lengths)
-        lasting = np.repeat(lengths, lengths) - place <= capacity
-        slots = (self.num_events[owners] + place)[lasting] % max(capacity, 1)
-        self.seen.numpy()[owners[lasting], slots] = items[lasting]
+        self.seen.add(rows, offsets, items)
         busy = lengths > 0
         newest = times[offsets[1:][busy] - 1]
         before = np.where(self.num_events[rows[busy]] > 0, self.last_time[rows[busy]], newest)
@@ -128,18 +119,15 @@ class UserTable:
         following: IntArray = np.where(self.num_events[rows] > 0, self.last_time[rows] + 1, 0)
         return following
 
-    def seen_pairs(self, rows: IntArray) -> tuple[Tensor, Tensor]:
-        """Pairs (place in ``rows``, item row) of what these users have seen lately."""
-        seen = self.seen[torch.from_numpy(rows)]
-        place, slot = (seen >= 0).nonzero(as_tuple=True)
-        return place, seen[place, slot].long()
-
     def trimmed(self) -> dict[str, Tensor]:
         """All rows as named tensors, without the spare room, for storage."""
         size = len(self)
         named = zip(states.field_names(self.states), self.states, strict=True)
         tensors = {f"state/{name}": value[:size].contiguous() for name, value in named}
-        tensors["seen"] = self.seen[:size].contiguous()
+        self.seen.merge()
+        missing = np.full(size + 1 - self.seen.offsets.size, self.seen.items.size)
+        tensors["seen/items"] = torch.from_numpy(self.seen.items)
+        tensors["seen/offsets"] = torch.from_numpy(np.append(self.seen.offsets, missing))
         tensors["num_events"] = torch.from_numpy(self.num_events[:size].copy())
         tensors["last_time"] = torch.from_numpy(self.last_time[:size].copy())
         return tensors
@@ -152,12 +140,13 @@ class UserTable:
             ValueError: if the tensors do not belong to this model, or to these ids.
         """
         names = [f"state/{name}" for name in states.field_names(initial)]
-        wanted = {*names, "seen", "num_events", "last_time"}
+        per_user = {*names, "num_events", "last_time"}
+        wanted = {*per_user, "seen/items", "seen/offsets"}
         if set(tensors) != wanted:
             raise ValueError(f"stored users: expected {sorted(wanted)}, found {sorted(tensors)}")
-        if any(value.shape[0] != len(ids) for value in tensors.values()):
+        if any(tensors[name].shape[0] != len(ids) for name in per_user):
             raise ValueError(f"stored users: expected {len(ids)} rows, as there are ids")
-        table = cls(initial, tensors["seen"].shape[1])
+        table = cls(initial)
         stored = type(initial)(*(tensors[name] for name in names))
         if states.spec(stored) != states.spec(initial):
             raise ValueError(
@@ -166,7 +155,10 @@ class UserTable:
             )
         table._rows = {i: row for row, i in enumerate(ids.to_list())}
         table.states = stored
-        table.seen = tensors["seen"]
+        offsets = tensors["seen/offsets"].numpy()
+        if offsets.size != len(ids) + 1:
+            raise ValueError(f"stored users: expected seen items of {len(ids)} users")
+        table.seen = MemorySeen.restored(tensors["seen/items"].numpy(), offsets)
         table.num_events = tensors["num_events"].numpy()
         table.last_time = tensors["last_time"].numpy()
         return table

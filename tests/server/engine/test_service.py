@@ -62,7 +62,7 @@ def test_answers_are_those_of_the_recommender(service: Service) -> None:
     for user in range(9):
         sent(service, steps(f"v{user}", user, 3 + user))
     other = ServedModel.read(service.live.folder).recommender
-    other.users = type(other.users)(other.model.initial_state(1), 64)
+    other.users = type(other.users)(other.model.initial_state(1))
     other.update(log)
     expected = other.recommend([f"v{user}" for user in range(9)], k=4)
     for user in range(9):
@@ -74,10 +74,12 @@ def test_answers_are_those_of_the_recommender(service: Service) -> None:
 
 def test_filters(service: Service) -> None:
     sent(service, steps("a", 0, 5))
+    # the model was fitted with seen="keep"
+    assert len(service.recommend("a", Wanted(k=ITEMS)).result().items) == ITEMS
     seen = {f"i{n:02d}" for n in range(5)}
-    found = service.recommend("a", Wanted(k=ITEMS)).result().items
+    found = service.recommend("a", Wanted(k=ITEMS), filter_seen=True).result().items
     assert set(found) == {f"i{n:02d}" for n in range(ITEMS)} - seen
-    found = service.recommend("a", Wanted(k=3, leave_out=["i05", "no such item"])).result().items
+    found = service.recommend("a", Wanted(k=3, exclude=["i05", "no such item"])).result().items
     assert "i05" not in found
     among = Wanted(k=3, among=["i07", "i09", "unknown"])
     assert set(service.recommend("a", among).result().items) == {"i07", "i09"}

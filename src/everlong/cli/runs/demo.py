@@ -157,7 +157,7 @@ def _compare(
     rows = {
         label: (
             {name: value["mean"] for name, value in tests[label]["metrics"].items()},
-            f"{found.bytes_per_user:,}",
+            f"{found.bytes_per_user.state:,}",
         )
         for label, found in fitted.items()
     }
@@ -173,7 +173,7 @@ def _recommend_and_update(recommender: Recommender, made: SyntheticLog, say: Say
     """Recommends for a user, feeds new events, and recommends again."""
     user = made.frame["user_id"][-1]
     before = recommender.recommend([user], k=5)
-    size = recommender.bytes_per_user
+    size = recommender.bytes_per_user.state
     # the user takes what is recommended first, an hour after everything else
     newest = int(made.frame["timestamp"].to_numpy().max())
     report = recommender.update(_events(user, before["item_id"].to_list()[:3], newest + 3600))
@@ -185,8 +185,8 @@ def _recommend_and_update(recommender: Recommender, made: SyntheticLog, say: Say
             ("rank", "before", "after"), [(str(n), *pair) for n, pair in enumerate(both, start=1)]
         )
     )
-    say(f"\nBytes per user: {size:,} before, {recommender.bytes_per_user:,} after.")
-    if before["item_id"].equals(after["item_id"]) or recommender.bytes_per_user != size:
+    say(f"\nBytes of the state: {size:,} before, {recommender.bytes_per_user.state:,} after.")
+    if before["item_id"].equals(after["item_id"]) or recommender.bytes_per_user.state != size:
         raise RuntimeError("expected other recommendations from a state of the same size")
 
 
@@ -199,10 +199,10 @@ def _show_cost(recommender: Recommender, out: Path, say: Say) -> None:
         fresh = Recommender(recommender.model, recommender.item_ids, recommender.origin)
         history = (items * (length // len(items) + 1))[:length]
         fresh.update(_events("somebody", history, FAR_FUTURE))
-        points.append((length, fresh.bytes_per_user, _seconds_an_event(fresh, items[0], length)))
+        points.append((length, fresh.bytes_per_user.state, _seconds_an_event(fresh, items[0], length)))
     say("\n4. One more event, after histories of different length.\n")
     rows = [(f"{length:,}", f"{size:,}", f"{1e3 * s:.1f}") for length, size, s in points]
-    say(columns(("events before", "bytes per user", "ms for one more"), rows))
+    say(columns(("events before", "bytes of the state", "ms for one more"), rows))
     line = [(length, 1e3 * seconds) for length, _, seconds in points]
     path = out / "cost_by_history.png"
     _draw(lambda: plot_cost({"one more event": line}, path, label="milliseconds per event"))

@@ -149,7 +149,7 @@ def _tell_results(
 def _row(recommender: Recommender) -> tuple[dict[str, float], str]:
     values = recommender.origin.metrics["test"]["metrics"]
     means = {name: value["mean"] for name, value in values.items()}
-    return means, f"{recommender.bytes_per_user:,}"
+    return means, f"{recommender.bytes_per_user.state:,}"
 
 
 def _draw(plan: FitPlan, recommender: Recommender) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from everlong.inference.catalogue import NOTHING
+from everlong.inference.filters import NOTHING
 from everlong.models.state import State
 from everlong.server.engine.priority import step_back
 from everlong.server.engine.served_model import Listed, ServedModel, Wanted
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 
     user_id: Id
     wanted: Wanted
-    filter_seen: bool
+    filter_seen: bool | None
     done: Future[Any]
 
 
@@ -59,7 +59,7 @@ class Reader:
         self._thread = threading.Thread(target=self._answer, name="reader")
         self._thread.start()
 
-    def submit(self, user_id: Id, wanted: Wanted, *, filter_seen: bool) -> Future[Listed]:
+    def submit(self, user_id: Id, wanted: Wanted, *, filter_seen: bool | None) -> Future[Listed]:
         """Queues a request; the future holds its list.
 
         Raises:
@@ -117,9 +117,11 @@ class Reader:
     def _serve(self, group: Sequence[Asked]) -> None:
         try:
             served_model, state = self._live([asked.user_id for asked in group])
-            item_ids = served_model.item_ids
+            item_ids, default = served_model.item_ids, served_model.filters_seen
             seen = [
-                self._seen.rows(asked.user_id, item_ids) if asked.filter_seen else NOTHING
+                self._seen.rows(asked.user_id, item_ids)
+                if (default if asked.filter_seen is None else asked.filter_seen)
+                else NOTHING
                 for asked in group
             ]
             lists = served_model.recommend(state, [asked.wanted for asked in group], seen)

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import torch
-from torch import Tensor
 
 from everlong.data.ids import IdMap
-from everlong.inference.catalogue import NOTHING, Catalogue, Rows, made_up, pairs_of
-from everlong.inference.topk import NONE, mask_items, top_k
+from everlong.inference.catalogue import Best
+from everlong.inference.filters import NOTHING, Named, Rows, joined
+from everlong.inference.index import made_up
+from everlong.inference.retriever import Retriever
+from everlong.inference.topk import NONE
 from everlong.models import state as states
-from everlong.models.device import serving
 from everlong.models.state import State
-from everlong.models.two_stage import TwoStage, rerank
 from everlong.models.user_model import UserModel
 from everlong.recommender.recommender import Recommender, load
 from everlong.server.store.log import Id, Slice
@@ -40,6 +40,8 @@ class Listed(NamedTuple):
 
     items: list[Id]
     scores: list[float]
+    unknown: Sequence[Id] = ()
+    """Items that a request named and the catalogue does not have; they were left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +51,13 @@ class Wanted:
     Attributes:
         k: items, at most.
         at: time of the request, Unix seconds.
-        leave_out: items that must not come.
+        exclude: items that must not come.
         among: the only items that may come, None for all.
     """
 
     k: int
     at: int | None = None
-    leave_out: Collection[Id] = ()
+    exclude: Collection[Id] = ()
     among: Sequence[Id] | None = None
 
 
@@ -76,13 +78,10 @@ class ServedModel:
         self.item_ids: IdMap = recommender.item_ids
         self.digest = state_digest(self.model, self.item_ids)
         self.name = self.digest.hex()
-        self.catalogue: Catalogue | None = None
-        if not isinstance(self.model, TwoStage) and self._has_head():
-            with serving(self.model):
-                self.catalogue = Catalogue(self.model.item_embeddings())
+        # one of its own: what is hidden in the service stays in the lists of the recommender
+        self.retriever = Retriever(self.model)
         # a list is many times quicker than a gather from the ids of the map
         self._ids: list[Id] = self.item_ids.ids(range(len(self.item_ids))).to_list()
-        self._hidden = torch.zeros(0, dtype=torch.int64)
         known = recommender.users.ids[:1]
         self.user_type: type[Any] = type(known[0]) if known else str
         self.item_type: type[Any] = str if self.item_ids.dtype == pl.String else int
@@ -96,8 +95,22 @@ class ServedModel:
         """
         return cls(load(folder), Path(folder).absolute(), index_from=index_from)
 
-    def _has_head(self) -> bool:
-        return type(self.model).item_embeddings is not UserModel.item_embeddings
+    @property
+    def filters_seen(self) -> bool:
+        """Whether lists leave out what a user has seen, where a request does not say."""
+        return self.recommender.origin.protocol.seen == "mask"
+
+    @property
+    def exact(self) -> bool:
+        """Whether lists are exact; else an index finds the items."""
+        catalogue = self.retriever.catalogue
+        return catalogue is None or catalogue.index is None
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the best 100 items that the index finds; None where none was built."""
+        catalogue = self.retriever.catalogue
+        return None if catalogue is None else catalogue.recall
 
     def table(self) -> StateTable:
         """Empty states of the model."""
@@ -109,7 +122,9 @@ class ServedModel:
         Args:
             state: of some users who will ask, 256 are plenty; None where there are none.
         """
-        catalogue = self.catalogue
+        catalogue = self.retriever.catalogue
+        if catalogue is not None:
+            catalogue.prepare()
         if catalogue is None or self.index_from is None or len(catalogue) < self.index_from:
             return
         with torch.no_grad():
@@ -137,93 +152,61 @@ class ServedModel:
 
         Those that are not in the catalogue are ignored.
         """
-        rows_of = self.item_ids.row_of
-        rows = sorted({rows_of[item] for item in items if item in rows_of})
-        self._hidden = torch.tensor(rows, dtype=torch.int64)
-        if self.catalogue is not None:
-            self.catalogue.hide(self._hidden)
+        self.retriever.hide(torch.from_numpy(Named.of(self.item_ids.row_of, items).rising))
 
     def recommend(
         self, state: State, wanted: Sequence[Wanted], seen: Rows | None = None
     ) -> list[Listed]:
         """A list for each of ``B`` users from their states ``[B]``.
 
-        Who says no time is asked as of the newest event.
+        Without a time a request is scored at the time of the user's latest event.
 
         Args:
             state: of the users.
             wanted: what each of them wants.
             seen: rows of the catalogue that must not come for each of them, rising; None for none.
         """
-        without = self._left_out(wanted, seen or [NOTHING] * len(wanted))
+        filters = [self._filters(one) for one in wanted]
+        without = [
+            joined(mine, own.exclude.rising)
+            for mine, own in zip(seen or [NOTHING] * len(wanted), filters, strict=True)
+        ]
+        among = [None if own.among is None else own.among.rising for own in filters]
+        unknown = [own.unknown for own in filters]
         timed = [one.at is not None for one in wanted]
         if all(timed) or not any(timed):
-            return self._recommend(state, wanted, without)
+            found = self._recommend(state, wanted, without, among)
+            return self._listed(wanted, found, unknown)
         # a model takes times of all or of none
-        found: dict[int, Listed] = {}
+        lists: dict[int, Listed] = {}
         for kind in (True, False):
             rows = [row for row, has in enumerate(timed) if has is kind]
-            part = states.take(state, torch.tensor(rows))
-            some, out = [wanted[row] for row in rows], [without[row] for row in rows]
-            found.update(zip(rows, self._recommend(part, some, out), strict=True))
-        return [found[row] for row in range(len(wanted))]
+            some, part = [wanted[row] for row in rows], states.take(state, torch.tensor(rows))
+            found = self._recommend(
+                part, some, [without[row] for row in rows], [among[row] for row in rows]
+            )
+            own = [unknown[row] for row in rows]
+            lists.update(zip(rows, self._listed(some, found, own), strict=True))
+        return [lists[row] for row in range(len(wanted))]
 
-    def _recommend(self, state: State, wanted: Sequence[Wanted], without: Rows) -> list[Listed]:
-        """The lists of users of whom all say a time, or none."""
-        when = torch.tensor([one.at for one in wanted]) if wanted[0].at is not None else None
-        with torch.no_grad():
-            if self.catalogue is not None:
-                user = self.model.user_embedding(state, when)
-                return self._searched(self.catalogue, user, wanted, without)
-            most = max(one.k for one in wanted)
-            scores = mask_items(self.model.score(state, at=when), *pairs_of(without))
-            scores = self._only(scores.index_fill_(1, self._hidden, -torch.inf), wanted)
-            if isinstance(self.model, TwoStage):
-                named = top_k(scores, max(most, self.model.config.candidates))[1]
-                found = rerank(self.model, state, named, when)
-            else:
-                found = top_k(scores, most)
-        return self._listed(wanted, *found)
-
-    def _searched(
+    def _recommend(
         self,
-        catalogue: Catalogue,
-        user: Tensor,
+        state: State,
         wanted: Sequence[Wanted],
         without: Rows,
-    ) -> list[Listed]:
-        """Lists for user vectors ``[B, D]``."""
-        found: dict[int, Listed] = {}
-        free = [row for row, one in enumerate(wanted) if one.among is None]
-        if free:
-            some = [wanted[row] for row in free]
-            most = max(one.k for one in some)
-            mine = user if len(free) == len(user) else user[free]
-            best = catalogue.best(mine, most, [without[row] for row in free])
-            found.update(zip(free, self._listed(some, *best), strict=True))
-        for row, one in enumerate(wanted):
-            if one.among is not None:
-                named = np.array(self._known(one.among), dtype=np.int64)
-                items = torch.from_numpy(np.setdiff1d(named, without[row]))
-                best = catalogue.among(user[row : row + 1], one.k, items)
-                found[row] = self._listed([one], *best)[0]
-        return [found[row] for row in range(len(wanted))]
+        among: Sequence[np.ndarray | None],
+    ) -> Best:
+        """The lists of users of whom all say a time, or none."""
+        when = torch.tensor([one.at for one in wanted]) if wanted[0].at is not None else None
+        most = max(one.k for one in wanted)
+        return self.retriever.recommend(state, most, at=when, exclude=without, among=among)
 
     def rank(self, state: State, candidates: Sequence[Id], at: int | None) -> Listed:
         """Candidates of one user in order; those that are not in the catalogue are left out."""
-        rows = list(dict.fromkeys(self._known(candidates)))
-        if not rows:
-            return Listed([], [])
-        known = torch.tensor(rows)[None]
+        named = Named.of(self.item_ids.row_of, candidates)
         when = None if at is None else torch.tensor([at])
-        with torch.no_grad():
-            if isinstance(self.model, TwoStage):
-                scores, known = rerank(self.model, state, known, when)
-            else:
-                scores = self.model.score(state, known, when)
-                scores, order = scores.sort(dim=1, descending=True, stable=True)
-                known = known.gather(1, order)
-        return self._listed([Wanted(k=len(rows))], scores, known)[0]
+        found = self.retriever.rank(state, torch.from_numpy(named.rows)[None], when)
+        return self._listed([Wanted(k=max(1, len(named.rows)))], found, [named.unknown])[0]
 
     def similar(self, item: Id, k: int) -> Listed | None:
         """Items near one in the space of item vectors, by cosine; None if it is not known.
@@ -234,49 +217,42 @@ class ServedModel:
         row = self.item_ids.row_of.get(item)
         if row is None:
             return None
-        if self.catalogue is not None:
-            return self._listed([Wanted(k=k)], *self.catalogue.similar(row, k))[0]
-        hidden = set(self._hidden.tolist())
-        found = self.recommender.similar_items([item], k=k + len(hidden))
-        near = zip(found["similar_item_id"].to_list(), found["score"].to_list(), strict=True)
-        kept = [(name, score) for name, score in near if self.item_ids.row_of[name] not in hidden][
-            :k
-        ]
-        return Listed([name for name, _ in kept], [score for _, score in kept])
+        found = self.retriever.similar(torch.tensor([row]), k)
+        return self._listed([Wanted(k=k)], found, [()])[0]
 
-    def _known(self, items: Iterable[Id]) -> list[int]:
-        """The rows of those that are in the catalogue."""
-        rows_of = self.item_ids.row_of
-        return [rows_of[item] for item in items if item in rows_of]
+    def _filters(self, wanted: Wanted) -> _Filters:
+        row_of = self.item_ids.row_of
+        among = None if wanted.among is None else Named.of(row_of, wanted.among)
+        return _Filters(Named.of(row_of, wanted.exclude), among)
 
-    def _left_out(self, wanted: Sequence[Wanted], seen: Rows) -> list[np.ndarray]:
-        """Rows that must not come for each user, rising."""
-        return [
-            np.union1d(rows, np.array(self._known(one.leave_out), dtype=np.int64))
-            if one.leave_out
-            else rows
-            for one, rows in zip(wanted, seen, strict=True)
-        ]
-
-    def _only(self, scores: Tensor, wanted: Sequence[Wanted]) -> Tensor:
-        for row, one in enumerate(wanted):
-            if one.among is not None:
-                allowed = torch.zeros(scores.shape[1], dtype=torch.bool)
-                allowed[self._known(one.among)] = True
-                scores[row].masked_fill_(~allowed, -torch.inf)
-        return scores
-
-    def _listed(self, wanted: Sequence[Wanted], scores: Tensor, items: Tensor) -> list[Listed]:
-        """Lists with the ids of items from scores and items ``[B, n]``."""
+    def _listed(
+        self, wanted: Sequence[Wanted], found: Best, unknown: Sequence[Sequence[Id]]
+    ) -> list[Listed]:
+        """Lists with the ids of items."""
         lists = []
-        for one, values, rows in zip(wanted, scores.tolist(), items.tolist(), strict=True):
+        for one, values, rows, lost in zip(
+            wanted, found.scores.tolist(), found.items.tolist(), unknown, strict=True
+        ):
             there = [
                 (self._ids[row], value)
                 for row, value in zip(rows[: one.k], values[: one.k], strict=True)
-                if row != NONE and value != -torch.inf
+                if row != NONE
             ]
-            lists.append(Listed([item for item, _ in there], [value for _, value in there]))
+            lists.append(Listed([item for item, _ in there], [value for _, value in there], lost))
         return lists
+
+
+class _Filters(NamedTuple):
+    """What a request names, as rows of the catalogue."""
+
+    exclude: Named
+    among: Named | None
+
+    @property
+    def unknown(self) -> list[Id]:
+        """Items that the catalogue does not have, each once."""
+        among = [] if self.among is None else self.among.unknown
+        return list(dict.fromkeys([*self.exclude.unknown, *among]))
 
 
 def state_digest(model: UserModel, item_ids: IdMap) -> bytes:

@@ -214,8 +214,16 @@ class Service:
 
     # answers
 
-    def recommend(self, user_id: Id, wanted: Wanted, *, filter_seen: bool = True) -> Future[Listed]:
+    def recommend(
+        self, user_id: Id, wanted: Wanted, *, filter_seen: bool | None = None
+    ) -> Future[Listed]:
         """The best items for a user.
+
+        Args:
+            user_id: the user.
+            wanted: what the list is to hold.
+            filter_seen: whether items that the user has seen are left out; None for what the
+                protocol of the live model says.
 
         Raises:
             FullError: if too many requests wait.
@@ -294,11 +302,11 @@ class Service:
             self._check_kinds(served_model)
             live, previous = self._live_model, self._previous
             if served_model.name == live.served_model.name:
-                served_model.catalogue = live.served_model.catalogue
+                served_model.retriever = live.served_model.retriever
                 self._settle(live._replace(served_model=served_model), previous, None)
                 return
             if previous is not None and previous.served_model.name == served_model.name:
-                served_model.catalogue = previous.served_model.catalogue
+                served_model.retriever = previous.served_model.retriever
                 self._settle(previous._replace(served_model=served_model), live, None)
                 return
             if previous is not None:

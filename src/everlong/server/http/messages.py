@@ -88,7 +88,13 @@ class RecommendIn(Request):
     at: Annotated[
         Time | None, Meta(description="time of the request; without it that of the last event")
     ] = None
-    filter_seen: Annotated[bool, Meta(description="leave out items that the user has seen")] = True
+    filter_seen: Annotated[
+        bool | None,
+        Meta(
+            description="leave out items that the user has seen; without it as the protocol of the "
+            "model has it"
+        ),
+    ] = None
     exclude: Annotated[ItemIds, Meta(description="items to leave out")] = []
     among: Annotated[ItemIds | None, Meta(description="the only items that may be listed")] = None
     min_offset: Annotated[
@@ -124,6 +130,15 @@ class ItemOut(Struct):
     score: float
 
 
+class UnknownOut(Struct):
+    """Items of a request that the catalogue does not contain: they are left out."""
+
+    count: int
+    item_ids: Annotated[
+        list[Id], Meta(max_length=MAX_UNKNOWN, description=f"the first {MAX_UNKNOWN} of them")
+    ]
+
+
 class ListOut(Struct):
     """Items, best first."""
 
@@ -131,15 +146,7 @@ class ListOut(Struct):
     model: Annotated[str, Meta(description="digest of the model that answered")]
     known: Annotated[bool, Meta(description="whether the user has a state")]
     stale: Annotated[bool, Meta(description="true if the state lacks events up to min_offset")]
-
-
-class UnknownOut(Struct):
-    """Candidates that the catalogue does not contain."""
-
-    count: int
-    item_ids: Annotated[
-        list[Id], Meta(max_length=MAX_UNKNOWN, description=f"the first {MAX_UNKNOWN} of them")
-    ]
+    unknown: UnknownOut
 
 
 class RankOut(Struct):

@@ -45,12 +45,18 @@ def list_endpoints(service: Service) -> list[Endpoint]:
         wanted = Wanted(
             k=given.k,
             at=given.at,
-            leave_out=checked(given.exclude),
+            exclude=checked(given.exclude),
             among=None if given.among is None else checked(given.among),
         )
         fresh = await _reached(service, user_id, given.min_offset)
         found = await in_time(service.recommend(user_id, wanted, filter_seen=given.filter_seen))
-        return ListOut(_items(found), service.live.name, service.knows(user_id), not fresh)
+        return ListOut(
+            _items(found),
+            service.live.name,
+            service.knows(user_id),
+            not fresh,
+            _unknown(found),
+        )
 
     async def rank(given: RankIn) -> RankOut:
         """Candidates in order for a user.
@@ -61,14 +67,7 @@ def list_endpoints(service: Service) -> list[Endpoint]:
         candidates = checked(given.candidates)
         live = service.live
         found = await in_thread(service.rank, user_id, candidates, given.at)
-        rows = live.item_ids.row_of
-        unknown = list(dict.fromkeys(item for item in candidates if item not in rows))
-        return RankOut(
-            _items(found),
-            live.name,
-            service.knows(user_id),
-            UnknownOut(len(unknown), unknown[:MAX_UNKNOWN]),
-        )
+        return RankOut(_items(found), live.name, service.knows(user_id), _unknown(found))
 
     async def similar(item_id: str, given: SimilarIn) -> SimilarOut:
         """The items nearest to one."""
@@ -91,6 +90,10 @@ def list_endpoints(service: Service) -> list[Endpoint]:
 
 def _items(found: Listed) -> list[ItemOut]:
     return [ItemOut(*pair) for pair in zip(found.items, found.scores, strict=True)]
+
+
+def _unknown(found: Listed) -> UnknownOut:
+    return UnknownOut(len(found.unknown), list(found.unknown[:MAX_UNKNOWN]))
 
 
 async def _reached(service: Service, user_id: Id, offset: int) -> bool:

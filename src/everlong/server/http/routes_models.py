@@ -30,9 +30,9 @@ def model_endpoints(service: Service) -> list[Endpoint]:
             user_type="integer" if live.user_type is int else "text",
             item_type="integer" if live.item_type is int else "text",
             event_fields=dict(live.model.field_codes),
-            exact=live.catalogue is None or live.catalogue.index is None,
+            exact=live.exact,
             previous=None if previous is None else previous.name,
-            recall=None if live.catalogue is None else live.catalogue.recall,
+            recall=live.recall,
         )
 
     async def model() -> ModelOut:
