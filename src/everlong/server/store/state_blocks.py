@@ -109,6 +109,8 @@ def _release(budget: MemoryBudget, reserved: list[int]) -> None:
 
 def _zeros(count: int, like: Tensor) -> Tensor:
     """``[count, ...]`` zeros like ``like [1, ...]``, in memory that is touched when it is used."""
+    if like[0].numel() == 0:
+        return like.new_zeros(count, *like.shape[1:])
     # of zeros by torch every page would be touched at once
     flat = np.zeros(count * like[0].numel() * like.dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(flat).view(like.dtype).view(count, *like.shape[1:])
