@@ -30,7 +30,7 @@ lengths_of_users = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 @settings(deadline=None, max_examples=60)
 @given(lengths_of_users, st.integers(1, 40), st.integers(1, 8) | st.none(), st.integers(0, 3))
-def test_each_label_comes_once_and_histories_stay_whole(
+def test_each_label_is_in_one_batch_and_chunks_join_to_whole_histories(
     lengths: list[int], budget: int, window: int | None, seed: int
 ) -> None:
     done = split(histories(lengths), PAPER.replace({"window": window}))
@@ -69,7 +69,7 @@ def test_each_label_comes_once_and_histories_stay_whole(
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 30), max_size=15), st.integers(1, 20))
-def test_pieces_fill_greedily(lengths: list[int], budget: int) -> None:
+def test_batches_are_filled_greedily(lengths: list[int], budget: int) -> None:
     expected: list[list[tuple[int, int, int]]] = []
     room = 0
     for row, length in enumerate(lengths):
@@ -86,7 +86,7 @@ def test_pieces_fill_greedily(lengths: list[int], budget: int) -> None:
     assert plan.num_batches == len(expected)
 
 
-def test_epochs_differ_and_repeat_by_seed() -> None:
+def test_epochs_have_different_orders_that_the_seed_reproduces() -> None:
     events = histories([5] * 20)
     dataset = Dataset(events, whole_histories(events))
 
@@ -100,7 +100,7 @@ def test_epochs_differ_and_repeat_by_seed() -> None:
     assert sorted(order(0, 0)) == sorted(order(1, 7))
 
 
-def test_start_skips_batches_and_nothing_else() -> None:
+def test_start_skips_batches_without_changing_the_others() -> None:
     events = histories([5, 40, 3, 9, 9, 2, 1])
     dataset = Dataset(events, whole_histories(events))
     everything = list(dataset.batches(8, seed=3, epoch=2))
@@ -118,7 +118,7 @@ def test_start_skips_batches_and_nothing_else() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(lengths_of_users, st.data())
-def test_gather_reads_any_ranges(lengths: list[int], data: st.DataObject) -> None:
+def test_gather_copies_any_ranges(lengths: list[int], data: st.DataObject) -> None:
     events = histories(lengths)
     bounds = st.tuples(*[st.integers(0, events.num_events)] * 2).map(sorted)
     ranges = np.array(data.draw(st.lists(bounds, max_size=6)), dtype=np.int64).reshape(-1, 2)
@@ -131,7 +131,7 @@ def test_gather_reads_any_ranges(lengths: list[int], data: st.DataObject) -> Non
     assert batch.items.dtype == batch.times.dtype == batch.offsets.dtype == torch.int64
 
 
-def test_reads_memory_mapped_arrays(tmp_path: Path) -> None:
+def test_a_dataset_reads_memory_mapped_arrays(tmp_path: Path) -> None:
     events = histories([4, 6])
     for name in ("items", "times", "offsets"):
         np.save(tmp_path / f"{name}.npy", getattr(events, name))
@@ -151,7 +151,7 @@ def test_reads_memory_mapped_arrays(tmp_path: Path) -> None:
     assert mapped.items.tolist() == events.items.tolist()
 
 
-def test_a_million_segments_are_planned_at_once() -> None:
+def test_a_million_segments_are_planned_without_a_loop_over_them() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, size=1_000_000)
     began = time.process_time()
     plan = plan_batches(lengths, 50)
@@ -162,7 +162,7 @@ def test_a_million_segments_are_planned_at_once() -> None:
     )
 
 
-def test_errors_say_what_to_do() -> None:
+def test_errors_name_the_next_step() -> None:
     events = histories([5, 3])
     dataset = Dataset(events, whole_histories(events))
     with pytest.raises(ValueError, match="at least 1 event"):

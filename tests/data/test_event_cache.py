@@ -56,7 +56,7 @@ def test_written_and_opened_events_are_the_same_and_memory_mapped(tmp_path, even
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
 
 
-def test_no_events_can_be_written(tmp_path):
+def test_an_event_cache_of_an_empty_log_can_be_written(tmp_path):
     none = Events(
         items=np.zeros(0, np.int32),
         times=np.zeros(0, np.int64),
@@ -77,7 +77,7 @@ def test_an_existing_folder_is_never_overwritten(tmp_path, events):
 @pytest.mark.parametrize(
     "name", ["items.npy", "times.npy", "field_1.npy", "user_ids.parquet", "index.json"]
 )
-def test_a_cut_absent_or_changed_file_is_found(tmp_path, events, name):
+def test_a_truncated_absent_or_changed_file_is_an_error(tmp_path, events, name):
     folder = tmp_path / "cache"
     write_event_cache(events, folder)
     path = folder / name
@@ -96,7 +96,7 @@ def test_a_cut_absent_or_changed_file_is_found(tmp_path, events, name):
         open_event_cache(tmp_path / "absent")
 
 
-def test_a_manifest_cannot_lead_elsewhere_or_to_another_format(tmp_path, events):
+def test_a_manifest_with_other_paths_or_another_format_is_refused(tmp_path, events):
     write_event_cache(events, tmp_path / "cache")
     path = tmp_path / "cache" / "index.json"
     manifest = json.loads(path.read_text())
@@ -145,7 +145,7 @@ def test_a_log_is_parsed_once_until_it_or_a_setting_changes(tmp_path, log, monke
     assert len(list((cache / "events").iterdir())) == 3
 
 
-def test_a_damaged_cache_is_read_again(tmp_path, log, caplog):
+def test_a_damaged_event_cache_is_rebuilt(tmp_path, log, caplog):
     first = open_events(log, cache_dir=tmp_path / "cache")
     (folder,) = (tmp_path / "cache" / "events").iterdir()
     (folder / "items.npy").write_bytes(b"")
@@ -184,7 +184,7 @@ for limit in (0, 100, 8_100, 20_120, 40_050):
 """
 
 
-def test_a_full_disk_leaves_nothing_behind_and_still_gives_the_events(tmp_path):
+def test_on_a_full_disk_no_partial_cache_remains_and_events_are_returned(tmp_path):
     n = 5_000
     log, cache = tmp_path / "log.parquet", tmp_path / "cache"
     frame = pl.DataFrame({"user_id": range(n), "item_id": range(n), "timestamp": range(n)})
@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_nothing_behind_and_still_gives_the_events(tmp_path):
     assert done.stderr.count("will be parsed again next time") == 5
 
 
-def test_a_cache_that_cannot_be_made_is_a_warning(tmp_path, log, caplog):
+def test_an_event_cache_that_cannot_be_written_is_a_warning(tmp_path, log, caplog):
     (tmp_path / "file").write_text("not a folder")
     with caplog.at_level(logging.WARNING, logger="everlong"):
         events = open_events(log, cache_dir=tmp_path / "file")

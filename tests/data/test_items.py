@@ -36,7 +36,7 @@ def names_of(table: ItemTable, column: str) -> list[list[str]]:
     ]
 
 
-def test_columns_follow_the_rows_of_the_catalogue(caplog):
+def test_columns_are_aligned_with_the_rows_of_the_catalogue(caplog):
     with caplog.at_level(logging.WARNING, logger="everlong"):
         table = read_items(FRAME, ITEMS, **COLUMNS)
     assert table.known.tolist() == [True, True, True, False]
@@ -60,7 +60,7 @@ def test_columns_follow_the_rows_of_the_catalogue(caplog):
         st.integers(0, 9), st.lists(st.sampled_from(["a", "b", "c", "unknown"])), max_size=10
     )
 )
-def test_several_categories_survive_in_order(known):
+def test_several_categories_of_an_item_keep_their_order(known):
     frame = pl.DataFrame(
         {"item_id": list(known), "tags": ["|".join(tags) for tags in known.values()]},
         schema={"item_id": pl.Int64, "tags": pl.String},
@@ -69,7 +69,7 @@ def test_several_categories_survive_in_order(known):
     assert names_of(table, "tags") == [known.get(i) or ["unknown"] for i in range(10)]
 
 
-def test_written_and_read_it_is_the_same_table(tmp_path):
+def test_a_table_is_unchanged_by_write_and_read(tmp_path):
     table = read_items(FRAME, ITEMS, **COLUMNS)
     table.write(tmp_path / "items")
     again = ItemTable.read(tmp_path / "items")
@@ -94,14 +94,14 @@ def test_a_table_without_columns_can_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["items.safetensors", "items.json", "text.parquet"])
-def test_a_cut_or_absent_file_is_found(tmp_path, name):
+def test_a_truncated_or_absent_file_is_an_error(tmp_path, name):
     read_items(FRAME, ITEMS, **COLUMNS).write(tmp_path / "items")
     path = tmp_path / "items" / name
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="not a whole item table"):
+    with pytest.raises(ValueError, match="not a complete item table"):
         ItemTable.read(tmp_path / "items")
     path.unlink()
-    with pytest.raises(ValueError, match="not a whole item table"):
+    with pytest.raises(ValueError, match="not a complete item table"):
         ItemTable.read(tmp_path / "items")
 
 
@@ -121,15 +121,15 @@ def test_a_cut_or_absent_file_is_found(tmp_path, name):
             {"vectors": ["image"]},
             "null, NaN or infinite",
         ),
-        (FRAME.with_columns(item_id=pl.lit("10")), {}, "ids of this log are Int64"),
+        (FRAME.with_columns(item_id=pl.lit("10")), {}, "expected ids of type Int64"),
     ],
 )
-def test_bad_tables_are_refused_in_words(frame, options, message):
+def test_invalid_tables_raise_an_error_that_names_the_fault(frame, options, message):
     with pytest.raises(ValueError, match=message):
         read_items(frame, ITEMS, **options)
 
 
-def test_rows_of_unwanted_items_may_repeat():
+def test_items_outside_the_catalogue_may_have_several_rows():
     extra = FRAME.filter(pl.col("item_id") == 99)
     assert read_items(pl.concat([FRAME, extra]), ITEMS).rows_ignored == 2
 
@@ -145,5 +145,7 @@ def test_vectors_are_joined_by_name_in_the_rows_of_a_catalogue() -> None:
     empty = read_items(frame.head(0), IdMap.from_values(np.int64([])), vectors=[])
     with pytest.raises(ValueError, match="expected items with vectors, received none"):
         empty.joined_vectors(catalogue)
-    with pytest.raises(ValueError, match="ids of this log are Int64, received String"):
+    with pytest.raises(
+        ValueError, match="expected ids of type Int64, as in the log, received String"
+    ):
         table.joined_vectors(IdMap.from_values(["5"]))

@@ -10,7 +10,7 @@ FRAME = pl.DataFrame({"x": [None, None, None], "b": ["p", None, "q"], "a": [3, 1
 EXPECTED = {"a": [3, 1, 2], "b": ["p", None, "q"]}
 
 
-def test_every_kind_of_source_gives_the_same_columns(tmp_path):
+def test_all_types_of_sources_give_equal_columns(tmp_path):
     FRAME.write_csv(tmp_path / "t.csv")
     FRAME.write_csv(tmp_path / "t.tsv", separator="\t")
     FRAME.write_parquet(tmp_path / "t.parquet")
@@ -41,7 +41,7 @@ def test_rows_keep_the_order_of_the_source(tmp_path):
         assert read_table(tmp_path / name, WANTED)["a"].equals(frame["a"])
 
 
-def test_several_files_follow_each_other_whatever_the_order_of_their_columns(tmp_path):
+def test_files_with_columns_in_different_orders_are_concatenated(tmp_path):
     FRAME.write_csv(tmp_path / "1.csv")
     FRAME.select("b", "a").write_csv(tmp_path / "2.csv")
     frame = read_table([tmp_path / "1.csv", tmp_path / "2.csv"], WANTED)
@@ -51,7 +51,7 @@ def test_several_files_follow_each_other_whatever_the_order_of_their_columns(tmp
     FRAME.cast({"a": pl.Int32}).write_parquet(tmp_path / "2.parquet")
     assert read_table([tmp_path / f"{i}.parquet" for i in (1, 2)], WANTED)["a"].dtype == pl.Int64
     FRAME.cast({"a": pl.String}).write_parquet(tmp_path / "2.parquet")
-    with pytest.raises(ValueError, match="different type in each file"):
+    with pytest.raises(ValueError, match="expected one type in all files"):
         read_table([tmp_path / f"{i}.parquet" for i in (1, 2)], WANTED)
 
 
@@ -65,7 +65,7 @@ def test_text_ids_keep_their_zeros_and_whole_numbers_become_integers(tmp_path):
 @pytest.mark.parametrize(
     ("column", "advice"), [("A", 'pass a="A"'), ("aa", 'pass a="aa"'), ("zzz", 'pass a="..."')]
 )
-def test_a_missing_column_names_the_nearest(column, advice):
+def test_the_error_of_a_missing_column_names_the_most_similar_one(column, advice):
     with pytest.raises(ValueError, match="no column 'a'") as caught:
         read_table(pl.DataFrame({column: [1], "b": [1]}), WANTED)
     assert advice in str(caught.value)
@@ -73,7 +73,7 @@ def test_a_missing_column_names_the_nearest(column, advice):
         read_table(pd.DataFrame({column: [1], "b": [1]}), WANTED)
 
 
-def test_what_is_not_a_table_is_refused_in_words(tmp_path):
+def test_invalid_sources_raise_an_error_that_names_the_fault(tmp_path):
     broken = tmp_path / "t.parquet"
     FRAME.write_parquet(broken)
     broken.write_bytes(broken.read_bytes()[:-20])
@@ -82,14 +82,14 @@ def test_what_is_not_a_table_is_refused_in_words(tmp_path):
     (tmp_path / "bytes.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
     mixed = pd.DataFrame({"a": [1, "x", 2.5], "b": [1, 2, 3]})
     for source, message in (
-        (broken, "whole and valid"),
+        (broken, "complete and valid"),
         (tmp_path / "empty.csv", "is empty"),
-        (tmp_path / "ragged.csv", "whole and valid"),
-        (tmp_path / "bytes.csv", "whole and valid"),
-        (tmp_path / "t.xlsx", "cannot tell how to read"),
-        ([broken, tmp_path / "t.csv"], "one kind of file"),
-        ([], "cannot read a table from list"),
-        (42, "cannot read a table from int"),
+        (tmp_path / "ragged.csv", "complete and valid"),
+        (tmp_path / "bytes.csv", "complete and valid"),
+        (tmp_path / "t.xlsx", "files of one format"),
+        ([broken, tmp_path / "t.csv"], "files of one format"),
+        ([], "received list"),
+        (42, "received int"),
         (mixed, "cannot read the pandas DataFrame"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -49,7 +49,7 @@ exposures = st.lists(
 
 @settings(deadline=None, max_examples=60)
 @given(rows=exposures)
-def test_requests_are_the_sessions_and_histories_what_was_strictly_before(
+def test_requests_are_sessions_and_their_histories_end_strictly_before_them(
     rows: list[Row],
 ) -> None:
     events = log_of(rows)
@@ -79,7 +79,7 @@ def test_requests_are_the_sessions_and_histories_what_was_strictly_before(
 
 @settings(deadline=None, max_examples=40)
 @given(rows=exposures, budget=st.integers(1, 60), seed=st.integers(0, 5))
-def test_every_label_comes_once_an_epoch_with_its_own_history(
+def test_every_label_is_in_one_batch_with_its_own_history(
     rows: list[Row], budget: int, seed: int
 ) -> None:
     events = log_of(rows)
@@ -117,9 +117,7 @@ def test_every_label_comes_once_an_epoch_with_its_own_history(
 
 @settings(deadline=None, max_examples=40)
 @given(rows=exposures, change=st.integers(0, 39))
-def test_what_happens_at_or_after_a_request_changes_nothing_in_its_history(
-    rows: list[Row], change: int
-) -> None:
+def test_events_at_or_after_a_request_are_not_in_its_history(rows: list[Row], change: int) -> None:
     events = log_of(rows)
     requests = requests_from_events(events, gap_s=1_000)
     place = change % events.num_events
@@ -134,7 +132,7 @@ def test_what_happens_at_or_after_a_request_changes_nothing_in_its_history(
             assert same
 
 
-def test_request_ids_beat_sessions() -> None:
+def test_request_ids_replace_sessions() -> None:
     events = log_of([(0, 1, 10**9, 1.0), (0, 2, 10**9 + 5, 0.0), (0, 3, 10**9 + 9, 0.0)])
     numbered = replace(events, fields={**events.fields, "request": np.array([7, 7, 8])})
     found = requests_from_events(numbered, request="request")
@@ -143,7 +141,7 @@ def test_request_ids_beat_sessions() -> None:
     assert found.stop.tolist() == [0, 2]
 
 
-def test_a_table_of_requests_is_read_against_the_log() -> None:
+def test_a_table_of_requests_is_joined_with_the_log() -> None:
     events = log_of([(1, 5, 10**9, 1.0), (1, 6, 10**9 + 60, 1.0), (2, 5, 10**9, 0.0)])
     table = pl.DataFrame(
         {
@@ -165,7 +163,7 @@ def test_a_table_of_requests_is_read_against_the_log() -> None:
         read_requests(table.with_columns(request_id=pl.lit("a")), events)
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_input_raises_an_error_that_names_the_fault() -> None:
     events = log_of([(0, 1, 10**9, 1.0), (0, 2, 10**9, 0.0)])
     with pytest.raises(ValueError, match="expected events with a field 'click', received label"):
         requests_from_events(events, label="click")
@@ -179,7 +177,7 @@ def test_bad_input_is_named() -> None:
         split_requests(found)
 
 
-def test_one_candidate_none_labelled_and_all_equal_are_kept_as_they_are() -> None:
+def test_requests_with_one_candidate_or_no_or_equal_labels_are_kept() -> None:
     nan = float("nan")
     events = log_of(
         [(0, 1, 10**9, 1.0), (0, 2, 2 * 10**9, nan), (0, 3, 3 * 10**9, 1.0), (0, 1, 3 * 10**9, 1.0)]
@@ -191,7 +189,7 @@ def test_one_candidate_none_labelled_and_all_equal_are_kept_as_they_are() -> Non
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_no_label_of_a_part_is_as_late_as_the_next_part(seed: int) -> None:
+def test_all_labels_of_a_part_precede_the_next_part(seed: int) -> None:
     random = np.random.default_rng(seed)
     rows = [
         (
@@ -209,7 +207,7 @@ def test_no_label_of_a_part_is_as_late_as_the_next_part(seed: int) -> None:
     assert sum(part.num_requests for part in parts) > 0.5 * requests.num_requests
 
 
-def test_a_request_that_goes_on_beyond_a_cut_is_in_no_part() -> None:
+def test_a_request_that_crosses_a_cut_is_in_no_part() -> None:
     rows = [(0, n, 10**9 + 1_000 * n, 1.0) for n in range(10)]
     # the validation begins at 7,000: of these two sessions one ends before and one after
     rows += [(1, 20, 10**9 + 5_900, 1.0), (1, 21, 10**9 + 6_100, 1.0)]
@@ -222,7 +220,7 @@ def test_a_request_that_goes_on_beyond_a_cut_is_in_no_part() -> None:
     assert [sorted(part) for part in starts[1:]] == [[7_000], [8_000, 9_000]]
 
 
-def test_select_takes_whole_requests() -> None:
+def test_select_keeps_the_candidates_of_requests_together() -> None:
     events = log_of([(0, n % 4, 10**9 + 5_000 * (n // 3), float(n % 2)) for n in range(12)])
     requests: Requests = requests_from_events(events)
     picked = requests.select(np.array([3, 1]))
@@ -235,9 +233,7 @@ def test_select_takes_whole_requests() -> None:
 
 @settings(deadline=None, max_examples=40)
 @given(rows=exposures, budget=st.integers(1, 60))
-def test_batches_hold_the_labels_and_no_event_that_none_of_their_requests_sees(
-    rows: list[Row], budget: int
-) -> None:
+def test_batches_hold_all_labels_and_only_events_of_histories(rows: list[Row], budget: int) -> None:
     events = log_of(rows)
     requests = requests_from_events(events, gap_s=1_000)
     dataset = RequestDataset(events, requests)
@@ -261,9 +257,7 @@ def test_batches_hold_the_labels_and_no_event_that_none_of_their_requests_sees(
 
 @settings(deadline=None, max_examples=40)
 @given(rows=exposures, data=st.data())
-def test_histories_stay_the_same_without_the_events_at_or_after(
-    rows: list[Row], data: st.DataObject
-) -> None:
+def test_histories_do_not_depend_on_later_events(rows: list[Row], data: st.DataObject) -> None:
     # the numbers of rows are not those of ids, so histories are compared by id
     asked = pl.DataFrame(
         {"request_id": ["a"], "user_id": [rows[0][0]], "item_id": [rows[0][1]], "label": [1.0]}
@@ -285,7 +279,7 @@ def test_histories_stay_the_same_without_the_events_at_or_after(
     assert history(rows) == history([rows[0], *other])
 
 
-def test_a_pause_of_just_the_gap_is_none_and_a_known_label_beats_none() -> None:
+def test_a_pause_equal_to_the_gap_separates_nothing_and_a_known_label_wins() -> None:
     nan = float("nan")
     events = log_of([(0, 1, 10**9, nan), (0, 1, 10**9 + 60, 0.0), (0, 2, 10**9 + 121, 1.0)])
     found = requests_from_events(events, gap_s=60)
@@ -308,7 +302,7 @@ def test_order_depends_on_seed_and_epoch_and_start_is_checked() -> None:
         dataset.batches(5, seed=0, epoch=0, start=5)
 
 
-def test_a_batch_moves_as_a_whole() -> None:
+def test_a_batch_moves_all_its_tensors_to_a_device() -> None:
     events = log_of([(0, n, 10**9 + 5_000 * n, 1.0) for n in range(3)])
     (batch,) = RequestDataset(events, requests_from_events(events)).in_order(100)
     moved = batch.to("meta")
@@ -317,7 +311,7 @@ def test_a_batch_moves_as_a_whole() -> None:
         assert getattr(moved, name).device.type == "meta"
 
 
-def test_shares_are_of_labels_and_must_leave_a_training_part() -> None:
+def test_shares_count_labels_and_must_leave_a_training_part() -> None:
     requests = requests_from_events(
         log_of([(0, n % 4, 10**9 + 5_000 * n, float(n % 2)) for n in range(20)])
     )
@@ -328,7 +322,7 @@ def test_shares_are_of_labels_and_must_leave_a_training_part() -> None:
             split_requests(requests, validation_share=shares[0], test_share=shares[1])
 
 
-def test_clocks_that_do_not_fit_and_incomplete_rows() -> None:
+def test_other_timestamp_units_are_refused_and_incomplete_rows_counted() -> None:
     events = log_of([(1, 5, 10**9, 1.0), (1, 6, 10**9 + 60, 1.0)])
     nan = float("nan")
     table = pl.DataFrame(
@@ -342,16 +336,16 @@ def test_clocks_that_do_not_fit_and_incomplete_rows() -> None:
     )
     found = read_requests(table, events)
     assert (found.num_candidates, found.facts.incomplete_rows) == (2, 1)
-    with pytest.raises(ValueError, match="the clock of the log"):
+    with pytest.raises(ValueError, match="timestamps like those of the log"):
         read_requests(table.with_columns(timestamp=pl.lit(5)), events)
     with pytest.raises(ValueError, match="expected labels from 0 to 1, received 'yes'"):
         read_requests(table.with_columns(label=pl.lit("yes")), events)
-    with pytest.raises(ValueError, match="expected candidates, received 0 rows"):
+    with pytest.raises(ValueError, match="received none among 0 rows"):
         read_requests(table.head(0), events)
     order = read_events(
         pl.DataFrame({"user_id": [1, 1], "item_id": [1, 2], "label": [1.0, 0.0]}),
         timestamp=None,
         fields=["label"],
     )
-    with pytest.raises(ValueError, match="expected a log with times"):
+    with pytest.raises(ValueError, match="expected a log with timestamps"):
         requests_from_events(order)

@@ -113,7 +113,7 @@ def test_paper_filters_repeats_then_items_then_users_once() -> None:
     }
 
 
-def test_paper_keeps_repeats_across_users_and_fields_in_step() -> None:
+def test_paper_keeps_repeats_across_users_and_aligns_fields() -> None:
     frame = pl.DataFrame(
         {
             "user_id": [0, 0, 0, 1, 1],
@@ -132,7 +132,7 @@ cuts = TEMPORAL.replace({"validation_share": 0.2, "test_share": 0.3, "max_target
 
 @settings(deadline=None, max_examples=80)
 @given(days, st.integers(0, 3))
-def test_temporal_by_brute_force_and_without_leaks(
+def test_temporal_equals_brute_force_and_has_no_leaks(
     rows: list[tuple[int, int, int]], min_item_events: int
 ) -> None:
     events = log(rows)
@@ -146,7 +146,7 @@ def test_temporal_by_brute_force_and_without_leaks(
             split(events, protocol)
         return
     if max(known_items.values(), default=0) < max(1, min_item_events):
-        with pytest.raises(ValueError, match="nothing to train on"):
+        with pytest.raises(ValueError, match="at least one training event"):
             split(events, protocol)
         return
     done = split(events, protocol)
@@ -243,12 +243,12 @@ def test_temporal_without_a_test_or_validation_period() -> None:
     assert no_validation.train.stop.tolist() == [18]
 
 
-def test_errors_say_what_to_do() -> None:
+def test_errors_name_the_next_step() -> None:
     with pytest.raises(ValueError, match="use the protocol 'paper'"):
         split(log([(0, 1, 0), (0, 2, 1)], timestamp=None), TEMPORAL)
-    with pytest.raises(ValueError, match="both cuts fall on the time"):
+    with pytest.raises(ValueError, match="both cuts fall on the timestamp"):
         split(log([(0, n, 0) for n in range(3)] + [(0, n, 1) for n in range(9)]), TEMPORAL)
-    with pytest.raises(ValueError, match="nothing to train on"):
+    with pytest.raises(ValueError, match="at least one training event"):
         split(log([(0, n, 0) for n in range(9)]), TEMPORAL.replace({"validation_share": 0}))
     with pytest.raises(ValueError, match="lower min_item_events"):
         split(log([(0, 1, 0), (0, 2, 1)]), PAPER.replace({"min_item_events": 5}))
@@ -264,13 +264,13 @@ def test_errors_say_what_to_do() -> None:
         TEMPORAL.replace({"test_share": 0.5, "validation_share": 0.5})
 
 
-def test_record_is_json_and_the_protocol_comes_back() -> None:
+def test_a_record_is_json_and_restores_the_protocol() -> None:
     record = json.loads(json.dumps(split(histories([5, 1, 9]), PAPER).record()))
     assert Protocol.model_validate(record["protocol"]) == PAPER
     assert record["split"]["users_without_targets"] == 1
 
 
-def test_whole_histories_are_all_labels() -> None:
+def test_all_events_of_whole_histories_are_labels() -> None:
     events = split(
         log([(0, 1, 0), (0, 2, 1), (1, 9, 0), (2, 1, 5), (2, 2, 6)]),
         PAPER.replace({"min_item_events": 2}),

@@ -30,7 +30,7 @@ def histories(log: SyntheticLog, column: str = "item_id") -> list[list[int]]:
         lambda seed: demo_log(seed, num_users=20, num_items=420, mean_length=60, cycle=12),
     ],
 )
-def test_logs_repeat_by_seed_and_have_real_times(make) -> None:
+def test_logs_are_reproducible_by_seed_and_have_valid_timestamps(make) -> None:
     log = make(1)
     assert log.frame.equals(make(1).frame)
     assert not log.frame.equals(make(2).frame)
@@ -41,7 +41,7 @@ def test_logs_repeat_by_seed_and_have_real_times(make) -> None:
     assert log.description
 
 
-def test_best_scores_by_hand() -> None:
+def test_best_scores_equal_hand_computed_values() -> None:
     scores = best_scores(np.array([[0.0, 0.5, 0.2, 0.3], [1.0, 0.0, 0.0, 0.0]]))
     assert scores["HitRate@1"] == pytest.approx(0.75)
     assert scores["HitRate@10"] == pytest.approx(1.0)
@@ -70,7 +70,7 @@ def test_markov_chain_follows_its_matrix() -> None:
     assert np.mean(hits) == pytest.approx(log.best["HitRate@1"], abs=0.08)
 
 
-def test_long_dependency_is_exactly_so_long_and_nothing_else() -> None:
+def test_the_dependency_has_exactly_the_given_distance() -> None:
     log = long_dependency(300, distances=(4, 17, 50), num_cues=6, num_fillers=9, seed=2)
     rule: dict[int, int] = {}
     cues: list[int] = []
@@ -118,7 +118,7 @@ def test_the_answer_is_in_the_cue_and_not_in_the_window_after_it() -> None:
     assert accuracy(8) > 0.9
 
 
-def test_demo_log_reaches_its_best_when_played() -> None:
+def test_the_oracle_of_the_demo_log_reaches_the_best_scores() -> None:
     log = demo_log(3, num_users=2500, num_items=420, mean_length=48, cycle=12)
     played = []
     answers = 0
@@ -147,7 +147,7 @@ def test_demo_log_marks_its_answers() -> None:
         assert all(later - earlier == 12 for earlier, later in pairwise(evenings))
 
 
-def test_errors_say_what_was_expected() -> None:
+def test_errors_name_the_expected_values() -> None:
     with pytest.raises(ValueError, match="length of at least 2, received 1"):
         markov_chain(3, 5, 1)
     with pytest.raises(ValueError, match="num_next between 1 and num_items=3"):
@@ -164,7 +164,7 @@ def test_errors_say_what_was_expected() -> None:
         demo_log(answer_share=2)
 
 
-def test_exposures_are_best_ordered_by_what_users_like() -> None:
+def test_liked_groups_give_the_best_order_of_exposures() -> None:
     log = exposures(num_users=2_000, seed=1)
     frame = log.frame
     assert frame.height == 2_000 * 12 * 5

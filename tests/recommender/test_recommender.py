@@ -299,7 +299,7 @@ def test_evaluate_repeats_the_stored_test(recommender: Recommender, frame: pl.Da
         ({"users": ["u01"], "k": 0}, "k >= 1"),
         ({"users": ["u01", "nobody"]}, "1 users are unknown, for example 'nobody'"),
         ({"users": {"me": ["i01", "nothing"]}}, "not in the catalogue, for example 'nothing'"),
-        ({"users": {"me": [1, 2]}}, "ids of this log are String"),
+        ({"users": {"me": [1, 2]}}, "expected ids of type String"),
         ({"users": "u01"}, r"expected a list of ids, received 'u01'; use \['u01'\]"),
         ({"users": ["u01", 3]}, "one type"),
     ],
@@ -477,7 +477,7 @@ def test_items_that_cannot_be_added_are_refused(
         other.add_items(items_of(["i16"], width=4))
     numbers = pl.DataFrame({"item_id": [16], "text": [[1.0, 2.0, 3.0]]})
     table = everlong.read_items(numbers, IdMap.from_values([16]), vectors=["text"])
-    with pytest.raises(ValueError, match="ids of this log are String"):
+    with pytest.raises(ValueError, match="expected ids of type String"):
         other.add_items(table)
     assert other.model.num_items == len(other.item_ids)
 

@@ -1,4 +1,4 @@
-"""The audit of a log: what its events can and cannot show, in figures and plain words."""
+"""The audit of a log: statistics and warnings about what can be measured on it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import polars as pl
 from everlong.data.events import EventFacts, Events
 
 DAY = 86_400
-# from here on a share of ascending ids is more than chance: four standard errors and 5 points
+# a share of ascending ids that exceeds one half by both is more than chance: standard errors, share
 CLEAR_ERRORS = 4.0
 CLEAR_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Minimum, quantiles, mean and maximum of some numbers."""
+    """Minimum, quantiles, mean and maximum of a sample."""
 
     min: float
     p10: float
@@ -31,11 +31,11 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class IdOrder:
-    """How often the later of two adjacent events has the higher item id; by chance half of them.
+    """The share of adjacent events in ascending order of item id; one half by chance.
 
     Attributes:
         pairs: adjacent pairs of one user with different items.
-        ascending: the share of them that ascend in item id; NaN without pairs.
+        ascending: the share of pairs whose later event has the higher item id; NaN without pairs.
     """
 
     pairs: int
@@ -52,21 +52,21 @@ class IdOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """Figures of a log. Shares are from 0 to 1, gaps in seconds, times in Unix seconds.
+    """Statistics of a log. Shares are from 0 to 1, gaps in seconds, timestamps in Unix seconds.
 
     Attributes:
         pairs: adjacent events of one user.
         long_users: share of users with at least 100, 500 and 1,000 events.
-        tied_pairs: share of adjacent pairs with equal times.
-        tied_events: share of events that share user and time with another event.
-        repeats: events whose user had the item before.
+        tied_pairs: share of adjacent pairs with equal timestamps.
+        tied_events: share of events that share user and timestamp with another event.
+        repeats: events whose item occurs earlier in the user's history.
         immediate_repeats: adjacent pairs with the same item.
-        duplicates: events equal to an earlier one in user, item, time and all fields.
+        duplicates: events equal to an earlier one in user, item, timestamp and all fields.
         id_order: over all adjacent pairs.
-        id_order_in_ties: over pairs with equal times.
-        id_order_of_last_pairs: over the last pair of each user, where tests are taken.
-        gaps: time between adjacent events; None without a clock.
-        first_time, last_time: None without a clock.
+        id_order_in_ties: over pairs with equal timestamps.
+        id_order_of_last_pairs: over the last pair of each user, where test targets are.
+        gaps: time between adjacent events; None without timestamps.
+        first_time, last_time: None without timestamps.
         top_items_share: share of events on the most popular 1 % of the items.
         items_seen_once: items with a single event.
     """
@@ -93,12 +93,12 @@ class Audit:
     items_seen_once: int
 
     @property
-    def has_clock(self) -> bool:
+    def has_timestamps(self) -> bool:
         return self.facts.time_unit != "position"
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What to beware of, one sentence or two each."""
+        """Warnings about the log, one or two sentences each."""
         found = [*self._order_warnings(), *self._time_warnings(), *self._history_warnings()]
         skipped = sum(self.facts.rows_skipped.values())
         if skipped:
@@ -111,41 +111,41 @@ class Audit:
         if tied.is_clear:
             return [
                 f"The order inside ties follows item id: {tied.ascending:.1%} of "
-                f"{tied.pairs:,} tied pairs ascend, against 50 % by chance, so a model can score "
-                'by guessing ids. Read the log with ties="random".'
+                f"{tied.pairs:,} tied pairs ascend, against 50 % by chance, so a model scores by "
+                'learning the order of ids. Read the log with ties="random".'
             ]
         if every.is_clear:
             return [
                 f"The order of events follows item id: {every.ascending:.1%} of {every.pairs:,} "
-                "adjacent pairs ascend, against 50 % by chance, outside of any tie that can still "
-                "be seen. This cannot be undone: distrust absolute figures on this log, compare "
-                "models only with each other, and confirm claims on a log with true times."
+                "adjacent pairs ascend, against 50 % by chance, outside of the ties in this file. "
+                "This cannot be undone: do not trust absolute metrics on this log, compare models "
+                "only with each other, and confirm claims on a log with original timestamps."
             ]
         return []
 
     def _time_warnings(self) -> list[str]:
         found = []
-        if not self.has_clock:
+        if not self.has_timestamps:
             found.append(
-                "The log has no clock, only positions: time gaps mean nothing, and it cannot be "
-                "split by time."
+                "The log has positions instead of timestamps: time gaps are undefined, and it "
+                "cannot be split by time."
             )
         open_ties = self.tied_pairs - self.facts.finer_pairs / max(self.pairs, 1)
         if open_ties > 0.5:
             found.append(
-                f"{open_ties:.1%} of adjacent events share their time: this is basket "
-                "data. The order inside a basket has no known meaning; split between baskets, "
+                f"{open_ties:.1%} of adjacent events share their timestamp: this is basket "
+                "data. The order inside a basket is arbitrary; split between baskets, "
                 "never inside one."
             )
         elif open_ties > 0.05 and self.facts.ties == "stable":
             found.append(
-                f"{open_ties:.1%} of adjacent events share their time, and their order is "
-                'that of the file. Compare with ties="random" before trusting next-item figures.'
+                f"{open_ties:.1%} of adjacent events share their timestamp, and their order is "
+                'that of the file. Compare with ties="random" before trusting next-item metrics.'
             )
         if self.first_time is not None and self.first_time <= 0:
             found.append(
-                f"The first event is at {_date(self.first_time)}: a time of 0 often stands for "
-                "an unknown one."
+                f"The first event is at {_date(self.first_time)}: a timestamp of 0 often means an "
+                "unknown one."
             )
         return found
 
@@ -154,27 +154,27 @@ class Audit:
         if self.repeats > 0.05 * self.events:
             found.append(
                 f"{self.repeats / self.events:.1%} of events repeat an item of the same user: "
-                "do not mask seen items, and compare with repeating the last item."
+                'use seen="keep", and compare with repeating the last item.'
             )
         if self.duplicates:
             found.append(
-                f"{self.duplicates:,} events are exact duplicates of an earlier one and are "
-                "kept: drop them if they are not real."
+                f"{self.duplicates:,} events are exact duplicates of an earlier event and are "
+                "kept: remove them if they are recording errors."
             )
         if self.lengths.p50 < 10:
             found.append(
                 f"Histories are short: half of the users have {self.lengths.p50:,.0f} events or "
-                "fewer. Gains from whole histories can show in few users only."
+                "fewer. Only the other half can benefit from whole histories."
             )
         if self.items_seen_once > 0.3 * self.items:
             found.append(
-                f"{self.items_seen_once:,} of {self.items:,} items have a single event: no model "
-                "of ids can learn them."
+                f"{self.items_seen_once:,} of {self.items:,} items have a single event: a model "
+                "of ids cannot learn them."
             )
         return found
 
     def lines(self) -> list[str]:
-        """The audit as text, one line a subject, warnings last."""
+        """The audit as lines of text, warnings last."""
         length, order = self.lengths, self.facts
         shares = ", ".join(f">= {n:,}: {share:.1%}" for n, share in self.long_users.items())
         tie_rule = f"random, seed {order.seed}" if order.ties == "random" else "stable"
@@ -210,13 +210,13 @@ class Audit:
 
 
 def audit(events: Events) -> Audit:
-    """The audit of events.
+    """Audits a log.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if it has no events.
     """
     if events.num_events == 0:
-        raise ValueError("cannot audit a log without events; expected at least one")
+        raise ValueError("expected a log with at least one event, received none")
     items, times, offsets = events.items, events.times, events.offsets
     lengths = events.lengths
     last = offsets[1:][lengths > 0] - 1  # [U] the last event of each user
@@ -224,7 +224,7 @@ def audit(events: Events) -> Audit:
     inside[last[:-1]] = False
     tied = (times[1:] == times[:-1]) & inside
     pairs = int(inside.sum())
-    clock = events.facts.time_unit != "position"
+    timed = events.facts.time_unit != "position"
     counts = np.bincount(items, minlength=events.num_items)
     final = np.zeros_like(inside)
     final[last[last > 0] - 1] = True
@@ -244,16 +244,16 @@ def audit(events: Events) -> Audit:
         id_order=_id_order(items, inside),
         id_order_in_ties=_id_order(items, tied),
         id_order_of_last_pairs=_id_order(items, final & inside),
-        gaps=_quantiles(np.diff(times)[inside]) if clock and pairs else None,
-        first_time=int(times.min()) if clock else None,
-        last_time=int(times.max()) if clock else None,
+        gaps=_quantiles(np.diff(times)[inside]) if timed and pairs else None,
+        first_time=int(times.min()) if timed else None,
+        last_time=int(times.max()) if timed else None,
         top_items_share=_top_share(counts),
         items_seen_once=int((counts == 1).sum()),
     )
 
 
 def span(seconds: float) -> str:
-    """A time span in human words, such as ``3.5 hours``."""
+    """Formats a time span, for example ``3.5 hours``."""
     for size, unit in ((365.25 * DAY, "years"), (DAY, "days"), (3600, "hours"), (60, "minutes")):
         if abs(seconds) >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -286,12 +286,12 @@ def _id_order(items: np.ndarray, pairs: np.ndarray) -> IdOrder:
 
 
 def _tied_events(tied: np.ndarray) -> int:
-    """How many events are on either side of a tied pair."""
+    """Counts the events that belong to a tied pair."""
     return int((np.append(tied, False) | np.append(False, tied)).sum())
 
 
 def _repeats(events: Events) -> int:
-    """How many events have an item that their user had before."""
+    """Counts the events whose item occurs earlier in the user's history."""
     users = np.repeat(np.arange(events.num_users), events.lengths)
     keys = users * events.num_items + events.items
     keys.sort()
@@ -299,7 +299,7 @@ def _repeats(events: Events) -> int:
 
 
 def _duplicates(events: Events, tied: np.ndarray) -> int:
-    """How many events equal an earlier one in everything; such two are in one tie."""
+    """Counts exact duplicates of earlier events; duplicates always lie in one tie."""
     index = np.flatnonzero(np.append(tied, False) | np.append(False, tied))
     users = np.searchsorted(events.offsets, index, side="right")
     columns = {"user": users, "time": events.times[index], "item": events.items[index]}
@@ -309,6 +309,6 @@ def _duplicates(events: Events, tied: np.ndarray) -> int:
 
 
 def _top_share(counts: np.ndarray) -> float:
-    """The share of events on the top 1 % of the items, one item at least."""
+    """The share of events on the top 1 % of the items, at least one item."""
     top = max(len(counts) // 100, 1)
     return float(np.sort(counts)[-top:].sum() / counts.sum())

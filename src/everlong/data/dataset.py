@@ -1,4 +1,4 @@
-"""Packed batches by event budget: of training segments, and of any ranges of events."""
+"""Packed batches of at most a given number of events: of training segments and of any ranges."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from everlong.models.batch import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBatch:
-    """Events to read and which of them are labels.
+    """A batch of training events and a mask of its labels.
 
     Attributes:
-        events: one batch row a segment, or a piece of one.
-        labels: ``[N]`` bool, True where the event is to be predicted.
-        carried: row 0 goes on where the last row of the batch before it stopped, so it starts
-            from that row's state; all other rows start from a fresh state.
-        continues: the last row stops before its segment does, which goes on in the next batch.
+        events: one batch row for each segment, or for a chunk of one.
+        labels: ``[N]`` bool, True where the event is a label.
+        carried: row 0 continues the last row of the batch before, so it starts from that row's
+            final state; all other rows start from an initial state.
+        continues: the segment of the last row continues in the next batch.
     """
 
     events: Batch
@@ -36,15 +36,15 @@ class TrainBatch:
 
 
 class BatchPlan(NamedTuple):
-    """Ranges packed into batches: a range longer than the budget comes in several pieces.
+    """The assignment of ranges to batches; a range longer than the budget has several chunks.
 
-    Batch ``m`` holds the pieces ``batch_offsets[m] .. batch_offsets[m + 1]``; a piece is the
+    Batch ``m`` holds the chunks ``batch_offsets[m] .. batch_offsets[m + 1]``; a chunk is the
     part ``begin .. end`` of the range ``row``.
     """
 
-    row: IntArray  # [P]
-    begin: IntArray  # [P]
-    end: IntArray  # [P]
+    row: IntArray  # [C]
+    begin: IntArray  # [C]
+    end: IntArray  # [C]
     batch_offsets: IntArray  # [M + 1]
 
     @property
@@ -53,11 +53,11 @@ class BatchPlan(NamedTuple):
 
 
 class Dataset:
-    """Training segments of a log as packed batches, in an order drawn anew for each epoch.
+    """Training segments of a log as packed batches, shuffled for each epoch.
 
     Args:
         events: the log; its arrays may be memory-mapped and are read batch by batch.
-        segments: what to train on; a segment without labels is left out.
+        segments: the training segments; those without labels are left out.
     """
 
     def __init__(self, events: Events, segments: TrainSegments) -> None:
@@ -72,14 +72,14 @@ class Dataset:
 
     @property
     def num_labels(self) -> int:
-        """Labels in one epoch; each comes exactly once."""
+        """Labels in one epoch; each is in exactly one batch."""
         return int((self.segments.stop - self.segments.label_start).sum())
 
     def item_counts(self, num_items: int) -> Tensor:
-        """``[num_items]`` int64, how often each item is a label in one epoch.
+        """Counts how often each item is a label in one epoch, ``[num_items]`` int64.
 
         Raises:
-            ValueError: if the labels have items beyond the catalogue of ``num_items``.
+            ValueError: if an item row of a label is not below ``num_items``.
         """
         begin, stop = self.segments.label_start, self.segments.stop
         size = self.events.num_events + 1
@@ -94,7 +94,7 @@ class Dataset:
         return torch.from_numpy(counts.astype(np.int64))
 
     def plan(self, budget: int, *, seed: int, epoch: int) -> BatchPlan:
-        """Which part of which segment is in which batch of an epoch; the same for equal input."""
+        """The batches of an epoch as chunks of segments; deterministic in its arguments."""
         random = np.random.Generator(np.random.PCG64([seed, epoch]))
         order = random.permutation(len(self.segments.start))
         lengths = (self.segments.stop - self.segments.start)[order]
@@ -102,7 +102,7 @@ class Dataset:
         return plan._replace(row=order[plan.row])
 
     def num_batches(self, budget: int, *, seed: int, epoch: int) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         return self.plan(budget, seed=seed, epoch=epoch).num_batches
 
     def batches(
@@ -111,11 +111,11 @@ class Dataset:
         """The batches of an epoch.
 
         Args:
-            budget: most events of a batch. A segment that does not fit begins the next batch,
-                one longer than the budget is cut into pieces in batches that follow each other.
-            seed: with ``epoch``, decides the order of the segments.
+            budget: maximum number of events of a batch. A segment that does not fit begins the
+                next batch; one longer than the budget is split into chunks of adjacent batches.
+            seed: with ``epoch``, the seed of the order of segments.
             epoch: counted from 0.
-            start: batches to skip, without building them.
+            start: number of batches to skip, without building them.
 
         Raises:
             ValueError: if ``budget`` is below 1, or ``start`` is not one of 0 .. num_batches.
@@ -124,7 +124,7 @@ class Dataset:
         if not 0 <= start <= plan.num_batches:
             raise ValueError(
                 f"expected start between 0 and {plan.num_batches}, the batches of this epoch, "
-                f"received {start}; resume with the budget that the run began with"
+                f"received {start}; resume with the budget of the interrupted run"
             )
         return (self._batch(plan, number) for number in range(start, plan.num_batches))
 
@@ -144,10 +144,11 @@ class Dataset:
 
 
 def plan_batches(lengths: IntArray, budget: int) -> BatchPlan:
-    """Ranges of ``lengths [R]`` packed in their order into batches of at most ``budget`` events.
+    """Packs ranges of ``lengths [R]``, in order, into batches of at most ``budget`` events.
 
-    A range that does not fit begins the next batch. A range longer than the budget fills whole
-    batches alone but for its last piece, after which others follow. Empty ranges are left out.
+    A range that does not fit begins the next batch. A range longer than the budget is split into
+    chunks of ``budget`` events, one a batch; its last chunk may share a batch with the next ranges.
+    Empty ranges are left out.
 
     Raises:
         ValueError: if ``budget`` is below 1.
@@ -156,16 +157,16 @@ def plan_batches(lengths: IntArray, budget: int) -> BatchPlan:
         raise ValueError(f"expected a budget of at least 1 event a batch, received {budget}")
     count = -(-lengths // budget)
     row = np.repeat(np.arange(len(lengths), dtype=np.int64), count)
-    first_piece = np.repeat(np.cumsum(count) - count, count)
-    begin = (np.arange(len(row), dtype=np.int64) - first_piece) * budget
+    first_chunk = np.repeat(np.cumsum(count) - count, count)
+    begin = (np.arange(len(row), dtype=np.int64) - first_chunk) * budget
     end = np.minimum(begin + budget, lengths[row])
     return BatchPlan(row, begin, end, _batch_offsets(end - begin, budget))
 
 
 def _batch_offsets(sizes: IntArray, budget: int) -> IntArray:
-    """``[M + 1]`` where each batch begins, filled greedily with pieces of ``sizes [P]``."""
+    """The first chunk of each batch, ``[M + 1]``, for a greedy fill with ``sizes [C]``."""
     ends = np.concatenate([[0], np.cumsum(sizes)])
-    # for every piece, the batch that would begin there ends at ...; then follow the chain
+    # for every chunk, the end of a batch that would begin there; the batches are then a chain
     next_batch = (np.searchsorted(ends, ends[:-1] + budget, side="right") - 1).tolist()
     offsets = [0]
     while offsets[-1] < len(sizes):
@@ -174,7 +175,7 @@ def _batch_offsets(sizes: IntArray, budget: int) -> IntArray:
 
 
 def gather(events: Events, start: IntArray, stop: IntArray) -> Batch:
-    """The events ``start[b] .. stop[b]`` of the log as row ``b`` of a batch, all in one copy.
+    """Copies the events ``start[b] .. stop[b]`` of a log into row ``b`` of a batch.
 
     Args:
         events: the log; its arrays may be memory-mapped.
@@ -192,7 +193,7 @@ def gather(events: Events, start: IntArray, stop: IntArray) -> Batch:
 
 
 def _positions(start: IntArray, stop: IntArray) -> IntArray:
-    """``[N]`` every position of the ranges, one range after the other."""
+    """The positions of all ranges, concatenated, ``[N]``."""
     length = stop - start
     ends = np.cumsum(length)
     total = int(ends[-1]) if len(ends) else 0

@@ -1,4 +1,4 @@
-"""The events of a log as flat arrays, one user after the other, oldest first."""
+"""Events: a log as flat arrays, grouped by user, each user's events oldest first."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EventFacts:
-    """What is known of how events were read; goes into every result.
+    """How a log was read; part of every result record.
 
     Attributes:
-        source: the files, or the kind of frame.
+        source: the files, or the type of the frame.
         rows_read: rows of the source.
-        rows_skipped: rows left out, by reason.
-        time_unit: what the times of the source were.
-        ties: the order of events of one user at one time: as in the source, or shuffled.
-        seed: the seed of that shuffle.
-        finer_pairs: adjacent events in one second that fractions of it put in order.
-        messages: what the reader decided or noticed, in plain words.
+        rows_skipped: number of skipped rows by reason.
+        time_unit: unit of the timestamps of the source.
+        ties: order of a user's events with equal timestamps: as in the source, or shuffled.
+        seed: seed of that shuffle.
+        finer_pairs: adjacent pairs within one second that fractions of the second order.
+        messages: what the reader detected or noticed, for the user.
     """
 
     source: str = ""
@@ -53,11 +53,11 @@ class Events:
     Attributes:
         items: ``[N]`` int32, item rows.
         times: ``[N]`` int64, Unix seconds, or positions if ``facts.time_unit == "position"``.
-        offsets: ``[U + 1]`` int64, from 0 to N, never falling.
-        fields: named event fields, ``[N]`` int64 or float32 each.
+        offsets: ``[U + 1]`` int64, from 0 to N, non-decreasing.
+        fields: event fields by name, ``[N]`` int64 or float32 each.
         user_ids: external user id <-> user row.
         item_ids: external item id <-> item row.
-        facts: how the events were read.
+        facts: how the log was read.
     """
 
     items: np.ndarray
@@ -116,7 +116,7 @@ class Events:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Sha256 (hex) of items, times, offsets and ids: what was learnt from, in 64 letters."""
+        """Sha256 (hex) of items, times, offsets and ids: it identifies the training data."""
         digest = hashlib.sha256()
         for array in (self.items, self.times, self.offsets):
             digest.update(np.ascontiguousarray(array).data)
@@ -124,10 +124,10 @@ class Events:
         return digest.hexdigest()
 
     def user_slice(self, row: int) -> slice:
-        """Where the events of one user are.
+        """The slice of one user's events in ``items``, ``times`` and ``fields``.
 
         Raises:
-            IndexError: if there is no such user row.
+            IndexError: if the row is not between 0 and ``num_users - 1``.
         """
         if not 0 <= row < self.num_users:
             raise IndexError(f"user rows are 0..{self.num_users - 1}, received {row}")
@@ -145,26 +145,27 @@ def read_events(
     seed: int = 0,
     time_unit: TimeUnit | Literal["auto"] = "auto",
 ) -> Events:
-    """The events of a log, sorted by user and time, with ids mapped to rows.
+    """Reads a log: sorts its events by user and time and maps ids to rows.
 
-    Rows with a null id or a null, NaN or infinite time are skipped, counted and reported.
-    Repeated rows are kept. Other columns are ignored.
+    Rows with a null id or a null, NaN or infinite timestamp are skipped, counted and reported.
+    Duplicate rows are kept. Other columns are ignored.
 
     Args:
         source: a path to .csv, .tsv or .parquet, a list of paths, or a polars, pandas or Arrow
             frame.
         user_id: the column of user ids.
         item_id: the column of item ids.
-        timestamp: the column of times, or None if the rows of each user are in order already.
-        fields: numeric columns to carry along.
-        ties: events of one user at one time stay in the order of the source (``"stable"``) or
-            are shuffled by ``seed`` (``"random"``).
+        timestamp: the column of timestamps, or None if the rows of each user are in order already.
+        fields: numeric columns to keep as event fields.
+        ties: a user's events with equal timestamps stay in the order of the source (``"stable"``)
+            or are shuffled by ``seed`` (``"random"``).
         seed: the seed of that shuffle.
-        time_unit: what the times are; ``"auto"`` finds out and says so in ``facts.messages``.
+        time_unit: the unit of the timestamps; ``"auto"`` detects it and adds a message to
+            ``facts.messages``.
 
     Raises:
-        ValueError: if columns are missing, nothing can be read, or times make no sense.
-        FileNotFoundError: if there is no such file.
+        ValueError: if columns are missing, no row is usable, or timestamps are invalid.
+        FileNotFoundError: if a file does not exist.
     """
     _check_choices(ties, time_unit)
     columns = _wanted(user_id, item_id, timestamp, fields)
@@ -177,25 +178,25 @@ def read_events(
     if frame.height == 0:
         reason = f": {notes[0]}" if notes else ", it has no rows"
         raise ValueError(f"no events in {describe(source)}{reason}; expected at least one row")
-    # columns leave the frame one by one so that each is freed as soon as it is used
+    # columns are popped one by one, so that each is freed after its use
     series = {column.name: column for column in frame}
     del frame
     user_ids, users = _map_ids(series.pop(user_id))
     item_ids, items = _map_ids(series.pop(item_id))
-    clock = _clock(series.pop(timestamp) if timestamp else None, len(users), time_unit)
-    if clock.message:
-        notes.append(clock.message)
-    order = _order(users, clock.keys, ties, seed)
+    stamps = _unix_times(series.pop(timestamp) if timestamp else None, len(users), time_unit)
+    if stamps.message:
+        notes.append(stamps.message)
+    order = _order(users, stamps.keys, ties, seed)
     offsets = np.zeros(len(user_ids) + 1, dtype=np.int64)
     np.cumsum(np.bincount(users, minlength=len(user_ids)), out=offsets[1:])
     del users
     if timestamp is None:
         times, finer_pairs = _positions(offsets), 0
     else:
-        times = clock.times[order]
-        finer_pairs = _finer_pairs(clock.keys[order], times, offsets)
-    unit = clock.unit
-    del clock
+        times = stamps.times[order]
+        finer_pairs = _finer_pairs(stamps.keys[order], times, offsets)
+    unit = stamps.unit
+    del stamps
     carried = {name: _field(series.pop(name), notes)[order] for name in fields}
     for note in notes:
         logger.warning(note) if note.startswith("skipped") else logger.info(note)
@@ -231,7 +232,7 @@ def _check_choices(ties: str, time_unit: str) -> None:
 def _wanted(
     user_id: str, item_id: str, timestamp: str | None, fields: Sequence[str]
 ) -> dict[str, str]:
-    """The columns to read, each with what to do if it is missing."""
+    """The columns to read, each with the advice of its error if it is missing."""
     if isinstance(fields, str):
         raise ValueError(f"fields: expected a list of columns, received {fields!r}; use [...]")
     time_advice = 'pass timestamp="{name}", or timestamp=None if the rows are in order already'
@@ -253,7 +254,7 @@ def _wanted(
 def _skip(
     frame: pl.DataFrame, user_id: str, item_id: str, timestamp: str | None
 ) -> tuple[pl.DataFrame, dict[str, int]]:
-    """The rows that can be used, and how many others there were, by the first reason."""
+    """The usable rows, and the number of skipped rows by their first fault."""
     faults: list[tuple[str, pl.Series]] = []
     for name in (user_id, item_id, timestamp):
         if name is None:
@@ -279,7 +280,7 @@ def _skip_note(skipped: Mapping[str, int], rows_read: int) -> str:
 
 
 def _map_ids(column: pl.Series) -> tuple[IdMap, np.ndarray]:
-    """The map of a column's ids and the row of each value, ``[N]`` int32."""
+    """The id map of a column, and the row of each of its values, ``[N]`` int32."""
     try:
         ids = IdMap.from_values(column)
         return ids, ids.rows(column).astype(np.int32)
@@ -287,18 +288,21 @@ def _map_ids(column: pl.Series) -> tuple[IdMap, np.ndarray]:
         raise ValueError(f"column {column.name!r}: {error}") from error
 
 
-def _clock(column: pl.Series | None, rows: int, unit: TimeUnit | Literal["auto"]) -> UnixTimes:
-    """The clock of the time column; without one, the order of the rows."""
+def _unix_times(column: pl.Series | None, rows: int, unit: TimeUnit | Literal["auto"]) -> UnixTimes:
+    """The timestamps of a column; without a column, the row numbers as positions."""
     if column is not None:
         return to_unix_times(column, unit)
     if unit not in ("auto", "position"):
-        raise ValueError(f"timestamp=None has no clock, so time_unit={unit!r} does not fit")
+        raise ValueError(
+            f'timestamp=None means positions: expected time_unit="position" or "auto", '
+            f"received {unit!r}"
+        )
     index = np.arange(rows)
-    return UnixTimes(index, index, "position", "no time column: rows are in order already")
+    return UnixTimes(index, index, "position", "no timestamp column: rows are in order already")
 
 
 def _order(users: np.ndarray, keys: np.ndarray, ties: Ties, seed: int) -> np.ndarray:
-    """The source rows sorted by user, then time, then the tie rule."""
+    """The permutation that sorts rows by user, then timestamp, then the tie rule."""
     if ties == "stable":
         return np.lexsort((keys, users))
     shuffled = np.random.default_rng(seed).integers(2**32, size=len(users), dtype=np.uint32)
@@ -306,44 +310,52 @@ def _order(users: np.ndarray, keys: np.ndarray, ties: Ties, seed: int) -> np.nda
 
 
 def _positions(offsets: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... within each user."""
+    """Positions 0, 1, 2, ... within each user."""
     within: np.ndarray = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
     return within
 
 
 def _finer_pairs(keys: np.ndarray, times: np.ndarray, offsets: np.ndarray) -> int:
-    """How many adjacent events share a second and still have an order."""
+    """Counts adjacent events of a user within one second that fractions of it order."""
     finer = (times[1:] == times[:-1]) & (keys[1:] != keys[:-1])
     finer[offsets[1:-1] - 1] = False
     return int(finer.sum())
 
 
 def _field(column: pl.Series, notes: list[str]) -> np.ndarray:
-    """A field as int64, or as float32 if it has fractions or holes."""
-    name, holes = column.name, column.null_count()
+    """Converts a field to int64, or to float32 if it has fractions or nulls."""
+    name, nulls = column.name, column.null_count()
     if column.dtype == pl.String:
         numbers = column.cast(pl.Float64, strict=False)
-        if numbers.null_count() > holes:
+        if numbers.null_count() > nulls:
             wrong = column.filter(numbers.is_null() & column.is_not_null())
             raise ValueError(
-                f"field {name!r} holds text, e.g. {wrong[0]!r}: expected numbers; "
-                "code it as integers first, or leave it out of fields"
+                f"field {name!r}: expected numbers, received text, e.g. {wrong[0]!r}; "
+                "encode it as integers first, or leave it out of fields"
             )
         column = numbers
     if not (column.dtype.is_numeric() or column.dtype in (pl.Boolean, pl.Null)):
         raise ValueError(
-            f"field {name!r} is of type {column.dtype}: expected numbers; "
-            "code it as numbers first, or leave it out of fields"
+            f"field {name!r}: expected numbers, received {column.dtype}; "
+            "encode it as numbers first, or leave it out of fields"
         )
-    if holes:
-        notes.append(f"field {name!r} has no value in {holes} rows: kept as NaN")
+    if nulls:
+        notes.append(f"field {name!r} is null in {nulls} rows: kept as NaN")
     elif column.dtype.is_integer() or column.dtype == pl.Boolean:
         return column.cast(pl.Int64).to_numpy()
     return column.cast(pl.Float32).fill_null(float("nan")).to_numpy()
 
 
 def restrict_to_catalogue(events: Events, item_ids: IdMap) -> tuple[Events, int]:
-    """The events whose items are in a catalogue, in its rows, and how many others there were."""
+    """Keeps the events whose items are in a catalogue, and counts the others.
+
+    Args:
+        events: a log.
+        item_ids: the catalogue.
+
+    Returns:
+        The events, with item rows of the catalogue, and the number of events left out.
+    """
     catalogue_rows = item_ids.rows(events.item_ids.ids(np.arange(events.num_items)))
     rows = catalogue_rows[events.items]
     keep = rows >= 0

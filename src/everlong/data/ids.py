@@ -1,4 +1,4 @@
-"""The map between ids of the log and rows of arrays."""
+"""Id maps: from ids of a log to rows of arrays and back."""
 
 from __future__ import annotations
 
@@ -17,70 +17,73 @@ Ids = pl.Series | np.ndarray | Sequence[object]
 
 
 class IdMap:
-    """External ids <-> rows 0 .. n-1; the rows follow the sorted order of the ids.
+    """A map from external ids to rows 0 .. n-1 and back; rows follow the sorted order of the ids.
 
-    Ids that come later (``extended``) have the rows after those, so that no row ever changes.
+    ``extended`` appends new ids after the existing rows, so that no row changes.
 
-    Ids are integers, strings, dates, times or floats, all of one type, without nulls. Categories
-    are kept as strings. Whole floats are kept as integers, because they are what data frames make
-    of an integer column with holes.
+    Ids are integers, strings, dates, times or floats, all of one type, without nulls. Categorical
+    ids are stored as strings. Whole floats are stored as integers, because data frames convert an
+    integer column with nulls to floats.
     """
 
     def __init__(self, ids: pl.Series) -> None:
-        """Takes ids that are sorted and unique already.
+        """Creates a map of sorted, unique ids.
 
-        See ``from_values`` for any others, and ``in_order`` to keep an order.
+        ``from_values`` sorts ids and removes duplicates; ``in_order`` keeps their order.
 
         Raises:
-            ValueError: if ids repeat, are out of order, null, or of a type that cannot be an id.
+            ValueError: if ids repeat, are unsorted or null, or have an unsupported type.
         """
         checked = _usable(ids.rename("id"))
         if len(checked) > 1 and not (checked[1:] > checked[:-1]).all():
             raise ValueError(
-                "an id map needs ids that rise without repeats; use IdMap.from_values, which sorts"
+                "expected sorted ids without duplicates, received others; use IdMap.from_values"
             )
         self._ids = self._sorted = checked
-        # where each of the sorted ids is among the ids; None where they are the same
+        # the row of each sorted id; None where rows follow the sorted order
         self._order: np.ndarray | None = None
 
     @classmethod
     def from_values(cls, values: Ids) -> IdMap:
-        """The map of all different ids among ``values``.
+        """The map of all distinct ids of ``values``.
 
         Raises:
-            ValueError: if ids are null, NaN, of several types, or of a type that cannot be an id.
+            ValueError: if ids are null, NaN, of several types, or of an unsupported type.
         """
         return cls(_usable(_series(values)).unique().sort())
 
     @classmethod
     def in_order(cls, values: Ids) -> IdMap:
-        """The map whose rows follow the order of ``values``, all different.
+        """The map whose rows follow the order of ``values``, which must be distinct.
 
         Raises:
-            ValueError: if ids repeat, are null, or of a type that cannot be an id.
+            ValueError: if ids repeat, are null, or have an unsupported type.
         """
         ids = _usable(_series(values))
         if ids.is_sorted():
             return cls(ids)
         repeats = len(ids) - ids.n_unique()
         if repeats:
-            raise ValueError(f"an id has one row: {repeats} of {len(ids)} are repeats; drop them")
+            raise ValueError(
+                f"expected distinct ids, received {repeats} duplicates among {len(ids)}; remove "
+                "them"
+            )
         order = ids.arg_sort()
         found = cls(ids.gather(order))
         found._ids, found._order = ids, order.to_numpy().astype(np.int64)
         return found
 
     def extended(self, values: Ids) -> IdMap:
-        """The map with new ids in the rows after those that it has.
+        """A map with new ids appended after the existing rows.
 
         Raises:
-            ValueError: if an id is there already, or cannot be of the type of this map.
+            ValueError: if an id is already in the map, or cannot be converted to its type.
         """
         new = self._alike(_series(values))
         if new.null_count():
             raise ValueError(
-                f"ids of this log are {self.dtype}: {new.null_count()} of {len(new)} new ones are "
-                "null or have no place in that type; give ids of the type that the log has"
+                f"expected ids of type {self.dtype}, as in the log, received {new.null_count()} of "
+                f"{len(new)} that are null or cannot be converted to it"
             )
         return IdMap.in_order(pl.concat([self._ids, new]))
 
@@ -117,7 +120,7 @@ class IdMap:
         """The row of each id, ``[n]`` int64; -1 where the id is unknown or null.
 
         Raises:
-            ValueError: if the values are of another kind than the ids (text against numbers).
+            ValueError: if the values have another kind of type than the ids (text, not numbers).
         """
         wanted = self._alike(_series(values))
         if not len(self):
@@ -132,28 +135,28 @@ class IdMap:
 
     @cached_property
     def row_of(self) -> Mapping[Any, int]:
-        """The row of each id, for those who look few up at a time; it is made at the first use."""
+        """A dictionary of rows by id, for single look-ups; built at the first use."""
         return {value: row for row, value in enumerate(self._ids.to_list())}
 
     def ids(self, rows: np.ndarray | Sequence[int]) -> pl.Series:
         """The id of each row; null for row -1.
 
         Raises:
-            ValueError: if a row is outside of the map.
+            ValueError: if a row is not between -1 and ``len(self) - 1``.
         """
         index = np.asarray(rows, dtype=np.int64)
         if index.size and (index.min() < -1 or index.max() >= len(self)):
             raise ValueError(
-                f"this map has rows 0..{len(self) - 1} (-1 for none), "
-                f"received rows {index.min()}..{index.max()}"
+                f"expected rows 0..{len(self) - 1}, or -1 for none, "
+                f"received {index.min()}..{index.max()}"
             )
         return self._ids.gather(pl.Series(index).replace(-1, None))
 
     def from_text(self, texts: Sequence[str]) -> pl.Series:
-        """Ids written as text, such as command line words, in the type of this map.
+        """Parses ids given as text, for example on a command line, to the type of this map.
 
         Raises:
-            ValueError: if a text cannot be read as that type.
+            ValueError: if a text cannot be parsed as that type.
         """
         words = pl.Series("id", texts, dtype=pl.String)
         if self.dtype == pl.String:
@@ -164,20 +167,19 @@ class IdMap:
             return words.cast(self.dtype)
         except pl.exceptions.PolarsError as error:
             raise ValueError(
-                f"ids of this log are {self.dtype}, received {list(texts)[:3]}; "
-                "write them as in the log"
+                f"expected ids of type {self.dtype}, as in the log, received {list(texts)[:3]}"
             ) from error
 
     def write(self, path: str | Path) -> None:
         """Writes the map as a Parquet file with one column, ``id``."""
-        # through memory, so that a full disk is always an error
+        # write through memory, so that a full disk always raises an error
         buffer = io.BytesIO()
         self._ids.to_frame().write_parquet(buffer, compression="zstd")
         Path(path).write_bytes(buffer.getvalue())
 
     @classmethod
     def read(cls, path: str | Path) -> IdMap:
-        """The map that ``write`` stored.
+        """Reads the map that ``write`` stored.
 
         Raises:
             ValueError: if the file is not an id map.
@@ -188,12 +190,12 @@ class IdMap:
             return cls.in_order(frame["id"])
         except (pl.exceptions.PolarsError, ValueError, OSError) as error:
             raise ValueError(
-                f"{path} is not an id map: expected Parquet with one column 'id' without repeats "
+                f"{path} is not an id map: expected Parquet with one column 'id' of distinct ids "
                 f"({error})"
             ) from error
 
     def _alike(self, values: pl.Series) -> pl.Series:
-        """The values in the type of this map; null where that would change them."""
+        """Casts values to the type of this map; null where the cast would change a value."""
         if values.dtype in (pl.Categorical, pl.Enum):
             values = values.cast(pl.String)
         if values.dtype == self.dtype or values.dtype == pl.Null:
@@ -208,8 +210,8 @@ class IdMap:
             kept = (cast.cast(values.dtype, strict=False) == values).fill_null(False)
         except (pl.exceptions.PolarsError, TypeError) as error:
             raise ValueError(
-                f"ids of this log are {self.dtype}, received {values.dtype}, "
-                f"e.g. {values[:3].to_list()}; give ids of the type that the log has"
+                f"expected ids of type {self.dtype}, as in the log, received {values.dtype}, "
+                f"e.g. {values[:3].to_list()}"
             ) from error
         return cast.zip_with(kept, pl.Series([None], dtype=self.dtype))
 
@@ -222,25 +224,28 @@ def _series(values: Ids) -> pl.Series:
         return pl.Series("id", values, strict=True)
     except (TypeError, OverflowError, pl.exceptions.PolarsError) as error:
         raise ValueError(
-            f"ids must all have one type, received {list(values[:3])} and others ({error}); "
-            "turn them into strings"
+            f"expected ids of one type, received {list(values[:3])} and others ({error}); "
+            "convert them to strings"
         ) from error
 
 
 def _usable(ids: pl.Series) -> pl.Series:
-    """The ids in the type in which the map keeps them."""
+    """Converts ids to the type in which the map stores them."""
     dtype = ids.dtype
     if dtype in (pl.Categorical, pl.Enum):
         return _usable(ids.cast(pl.String))
     if dtype == pl.Null and len(ids) == 0:
         return ids.cast(pl.Int64)
     if ids.null_count():
-        raise ValueError(f"ids cannot be null: {ids.null_count()} of {len(ids)} are; drop them")
+        raise ValueError(
+            f"expected ids without nulls, received {ids.null_count()} nulls among {len(ids)}; "
+            "remove them"
+        )
     if dtype.is_float():
         if not ids.is_finite().all():
-            raise ValueError("ids cannot be NaN or infinite; drop those rows")
+            raise ValueError("expected finite ids, received NaN or infinity; remove those rows")
         whole = ids.cast(pl.Int64, strict=False)
-        # beyond 2^53 neighbouring integers share a float: not safe to call them whole
+        # above 2^53 adjacent integers have the same float, so the integer id is not known
         safe = whole.null_count() == 0 and not (ids.abs() > 2.0**53).any()
         return whole if safe and (whole.cast(dtype) == ids).all() else ids
     if dtype.is_integer() and dtype not in (pl.Int128, pl.UInt128):
@@ -248,6 +253,6 @@ def _usable(ids: pl.Series) -> pl.Series:
     if dtype == pl.String or dtype in (pl.Date, pl.Datetime, pl.Time, pl.Duration):
         return ids
     raise ValueError(
-        f"ids of type {dtype} are not supported: expected integers, strings or dates; "
-        "turn them into strings"
+        f"expected ids that are integers, strings or dates, received {dtype}; "
+        "convert them to strings"
     )

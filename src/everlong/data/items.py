@@ -1,4 +1,4 @@
-"""The item table: what is known of the items of a catalogue besides their ids."""
+"""The item table: features of the items of a catalogue, as categories, text and vectors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Categories:
-    """A column of categories, one or several an item.
+    """A categorical column with one or several categories for each item.
 
     Item ``i`` has the codes ``codes[offsets[i]:offsets[i + 1]]``; an item without a category has
     code 0 alone, which stands for ``"unknown"``.
@@ -42,11 +42,11 @@ class Categories:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ItemTable:
-    """Columns of ``I`` items, in the rows of an id map of items.
+    """Features of ``I`` items, in the rows of an id map of items.
 
     Attributes:
-        item_ids: which item each row is.
-        known: ``[I]`` bool, whether the table had the item; others have "unknown", "" and zeros.
+        item_ids: external item id <-> row.
+        known: ``[I]`` bool, whether the source had the item; others have "unknown", "" and zeros.
         categories: categorical columns by name.
         text: text columns by name, ``[I]`` strings.
         vectors: vector columns by name, ``[I, V]`` float32.
@@ -66,28 +66,28 @@ class ItemTable:
 
     @property
     def num_missing(self) -> int:
-        """Items of the catalogue that the table did not have."""
+        """Items of the catalogue that are missing from the source."""
         return int((~self.known).sum())
 
     @property
     def vector_widths(self) -> dict[str, int]:
-        """Names of the vector columns, sorted, and how long their vectors are."""
+        """The width of each vector column, sorted by name."""
         return {name: self.vectors[name].shape[1] for name in sorted(self.vectors)}
 
     def joined_vectors(self, item_ids: IdMap) -> np.ndarray:
-        """All vector columns side by side, by name, for the items of a catalogue.
+        """Concatenates all vector columns, sorted by name, for the items of a catalogue.
 
-        Columns keep their scales: one of longer vectors counts for more.
+        Columns are not rescaled, so a column with larger norms has more weight.
 
         Args:
-            item_ids: the catalogue; its ids need not be in the order of this table.
+            item_ids: the catalogue, in any order.
 
         Returns:
             ``[I, V]`` float32, zeros where this table has no vector of an item.
 
         Raises:
-            ValueError: if there is no vector column, a number in it is not finite, or ids are of
-                another kind.
+            ValueError: if there is no vector column, a number in it is not finite, or the ids have
+                another kind of type.
         """
         if not self.vectors:
             raise ValueError(
@@ -99,15 +99,15 @@ class ItemTable:
         broken = np.flatnonzero(~np.isfinite(joined).all(axis=1))
         if broken.size:
             raise ValueError(
-                f"expected finite vectors, received others for {broken.size} items, e.g. "
-                f"{self.item_ids.ids(broken[:1])[0]!r}; make their vectors again"
+                f"expected finite vectors, received NaN or infinity for {broken.size} items, e.g. "
+                f"{self.item_ids.ids(broken[:1])[0]!r}; compute their vectors again"
             )
         found = np.zeros((len(rows), joined.shape[1]), dtype=np.float32)
         found[rows >= 0] = joined[rows[rows >= 0]]
         return found
 
     def write(self, folder: str | Path) -> None:
-        """Writes the table as a folder; either the whole folder appears or nothing does.
+        """Writes the table as a new folder, atomically.
 
         Raises:
             FileExistsError: if the folder exists already.
@@ -128,7 +128,7 @@ class ItemTable:
         (folder / "items.safetensors").write_bytes(save(contiguous))
         self.item_ids.write(folder / "item_ids.parquet")
         text = {f"text_{i}": values for i, values in enumerate(self.text.values())}
-        # through memory, so that a full disk is always an error
+        # write through memory, so that a full disk always raises an error
         buffer = io.BytesIO()
         pl.DataFrame(text).write_parquet(buffer, compression="zstd")
         (folder / "text.parquet").write_bytes(buffer.getvalue())
@@ -142,10 +142,10 @@ class ItemTable:
 
     @classmethod
     def read(cls, folder: str | Path) -> ItemTable:
-        """The table that ``write`` stored.
+        """Reads the table that ``write`` stored.
 
         Raises:
-            ValueError: if the folder is not a whole item table.
+            ValueError: if the folder is not a complete item table.
         """
         folder = Path(folder)
         try:
@@ -169,10 +169,10 @@ class ItemTable:
             )
             if len(table.known) != table.num_items:
                 raise ValueError(f"expected {table.num_items} items, received {len(table.known)}")
-        # safetensors raises its own exception, which derives from Exception alone
+        # the exception class of safetensors derives from Exception only
         except Exception as error:
             raise ValueError(
-                f"{folder} is not a whole item table: {error}; write it again from its source"
+                f"{folder} is not a complete item table: {error}; write it again from its source"
             ) from error
         return table
 
@@ -188,23 +188,23 @@ def read_items(
     text: Sequence[str] = (),
     vectors: Sequence[str] = (),
 ) -> ItemTable:
-    """The table of the items of a catalogue, one row per row of ``item_ids``.
+    """Reads the item table of a catalogue, with one row per row of ``item_ids``.
 
-    Items that the source lacks are kept as unknown and counted; other items are ignored and
-    counted.
+    Items missing from the source are unknown and counted; items outside the catalogue are ignored
+    and counted.
 
     Args:
         source: a path to .csv, .tsv or .parquet, a list of paths, or a frame.
         item_ids: the catalogue.
         item_id: the column of item ids.
-        categorical: columns with one category an item.
-        multi: columns with several, as text with a separator or as lists of text.
-        separator: what stands between the categories of ``multi`` text columns.
+        categorical: columns with one category per item.
+        multi: columns with several, as separated text or as lists of text.
+        separator: the separator of categories in ``multi`` text columns.
         text: columns of text.
-        vectors: columns of lists of numbers, one length a column.
+        vectors: columns of lists of numbers, all of one length within a column.
 
     Raises:
-        ValueError: if a column is missing or of the wrong type, or an item has two rows.
+        ValueError: if a column is missing or has the wrong type, or an item has several rows.
     """
     wanted = {item_id: 'pass item_id="{name}"'}
     for kind, names in (
@@ -218,7 +218,7 @@ def read_items(
     rows = item_ids.rows(frame[item_id])
     inside = rows >= 0
     _check_unique(frame[item_id].filter(pl.Series(inside)), describe(source))
-    # where the row of each item of the catalogue is in the source; null if nowhere
+    # the source row of each item of the catalogue; null if it has none
     place = np.full(len(item_ids), -1, dtype=np.int64)
     place[rows[inside]] = np.flatnonzero(inside)
     where = pl.Series(place).replace(-1, None)
@@ -234,7 +234,7 @@ def read_items(
     )
     if table.num_missing:
         logger.warning(
-            "%d of %d items are not in %s: kept as unknown",
+            "%d of %d items are not in %s: their features are unknown",
             table.num_missing,
             table.num_items,
             describe(source),
@@ -246,13 +246,13 @@ def _check_unique(ids: pl.Series, source: str) -> None:
     repeated = ids.filter(ids.is_duplicated())
     if len(repeated):
         raise ValueError(
-            f"{len(repeated)} rows of {source} share an item, e.g. {repeated[0]!r}; "
-            "keep one row per item"
+            f"{source}: expected one row per item, received {len(repeated)} rows that share an "
+            f"item, e.g. {repeated[0]!r}; remove the others"
         )
 
 
 def _code(values: pl.Series) -> tuple[tuple[str, ...], np.ndarray]:
-    """All names, "unknown" first, and the code of each value, ``[n]`` int32; 0 for null."""
+    """The names of categories, "unknown" first, and the code of each value, ``[n]`` int32."""
     known = values.drop_nulls()
     names = IdMap.from_values(known.filter(known != UNKNOWN))
     codes = (names.rows(values) + 1).astype(np.int32)
@@ -282,7 +282,7 @@ def _many_categories(column: pl.Series, separator: str) -> Categories:
 
 
 def _vectors(column: pl.Series) -> np.ndarray:
-    """The lists of a column as ``[I, V]`` float32; zeros where there is none."""
+    """Converts a column of lists to ``[I, V]`` float32; zeros where it is null."""
     if isinstance(column.dtype, pl.Array):
         column = column.arr.to_list()
     if not (isinstance(column.dtype, pl.List) and column.dtype.inner.is_numeric()):
@@ -299,7 +299,8 @@ def _vectors(column: pl.Series) -> np.ndarray:
     values = present.explode().cast(pl.Float32).fill_null(float("nan"))
     if not values.is_finite().all():
         raise ValueError(
-            f"vectors {column.name!r} hold null, NaN or infinite numbers; replace them with zeros"
+            f"vectors {column.name!r}: expected finite numbers, received null, NaN or infinity; "
+            "replace them with zeros"
         )
     vectors = np.zeros((len(column), widths[0]), dtype=np.float32)
     vectors[column.is_not_null().to_numpy()] = values.to_numpy().reshape(-1, widths[0])

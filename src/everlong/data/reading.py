@@ -1,4 +1,4 @@
-"""Tables from outside: files, data frames and Arrow objects, read as polars frames."""
+"""Reading of tables: files, data frames and Arrow objects, as polars frames."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ MISSING_TEXT = ["", "NaN", "nan", "NULL", "null"]
 
 
 class ArrowStream(Protocol):
-    """Anything with the Arrow C stream interface: pandas, pyarrow, duckdb, cudf and others."""
+    """An object with the Arrow C stream interface: pandas, pyarrow, duckdb, cudf and others."""
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object: ...
 
 
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | pl.LazyFrame | ArrowStream
-"""Where a table comes from: a path, several paths, or a frame (polars frames are Arrow too)."""
+"""The source of a table: a path, several paths, or a frame (polars frames are Arrow streams)."""
 
 
 def read_table(source: Source, columns: Mapping[str, str]) -> pl.DataFrame:
-    """The named columns of a table, rows in the order of the source.
+    """Reads columns of a table; rows keep the order of the source.
 
     Columns of CSV and TSV files are text, or Int64 where every value is a plain whole number.
 
     Args:
         source: a path to .csv, .tsv or .parquet, a list of such paths, or a frame.
-        columns: each wanted column, and what to do if it is missing, with ``{name}`` where the
-            nearest existing column belongs (``'pass user_id="{name}"'``).
+        columns: the columns to read, each with the advice of its error if it is missing;
+            ``{name}`` in it stands for the most similar column (``'pass user_id="{name}"'``).
 
     Raises:
         ValueError: if a column is missing or the source cannot be read.
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if a file does not exist.
     """
     if isinstance(source, str | os.PathLike):
         return _read_files([Path(source)], columns)
@@ -47,13 +47,13 @@ def read_table(source: Source, columns: Mapping[str, str]) -> pl.DataFrame:
     if isinstance(source, Sequence) and source:
         return _read_files([Path(path) for path in source], columns)
     raise ValueError(
-        f"cannot read a table from {type(source).__name__}: expected a path to .csv, .tsv or "
-        ".parquet, a list of paths, or a polars, pandas or Arrow frame"
+        "expected a path to .csv, .tsv or .parquet, a list of paths, or a polars, pandas or Arrow "
+        f"frame, received {type(source).__name__}"
     )
 
 
 def describe(source: Source) -> str:
-    """A short name of a source for messages: its paths, or the type of the frame."""
+    """Names a source in messages: by its paths, or the type of the frame."""
     if isinstance(source, str | os.PathLike):
         return str(source)
     if isinstance(source, list | tuple):
@@ -63,12 +63,11 @@ def describe(source: Source) -> str:
 
 
 def _read_files(paths: list[Path], columns: Mapping[str, str]) -> pl.DataFrame:
-    """The rows of all files, one file after the other."""
+    """Reads files and concatenates their rows."""
     kinds = {KINDS.get(path.suffix.lower(), "") for path in paths}
     if len(kinds) != 1 or "" in kinds:
         raise ValueError(
-            f"cannot tell how to read {describe(paths)}: expected one kind of file, "
-            ".csv, .tsv or .parquet"
+            f"expected files of one format, .csv, .tsv or .parquet, received {describe(paths)}"
         )
     kind = kinds.pop()
     frames = []
@@ -78,7 +77,7 @@ def _read_files(paths: list[Path], columns: Mapping[str, str]) -> pl.DataFrame:
         if kind == "parquet":
             frames.append(_select(pl.scan_parquet(path, glob=False), columns, str(path)))
         else:
-            # as text: a guessed type would turn the id "007" into 7
+            # read as text, because type inference would turn the id "007" into 7
             rows = pl.scan_csv(
                 path, separator=kind, infer_schema=False, null_values=MISSING_TEXT, glob=False
             )
@@ -88,27 +87,27 @@ def _read_files(paths: list[Path], columns: Mapping[str, str]) -> pl.DataFrame:
 
 
 def _concat(frames: list[pl.DataFrame]) -> pl.DataFrame:
-    """The rows of all frames; number columns may differ in width, other types may not differ."""
+    """Concatenates frames; numeric columns may differ in width, other types may not differ."""
     if len(frames) == 1:
         return frames[0]
     for name in frames[0].columns:
         types = {frame[name].dtype for frame in frames} - {pl.Null()}
         if len(types) > 1 and not all(dtype.is_numeric() for dtype in types):
             raise ValueError(
-                f"column {name!r} has a different type in each file: {sorted(map(str, types))}; "
-                "give it one type"
+                f"column {name!r}: expected one type in all files, received "
+                f"{', '.join(sorted(map(str, types)))}; convert them to one type"
             )
     return pl.concat(frames, how="vertical_relaxed")
 
 
 def _whole_numbers(column: pl.Series) -> pl.Series:
-    """The column as Int64 if that loses nothing, else as it is."""
+    """Converts a column to Int64 if that is lossless."""
     numbers = column.cast(pl.Int64, strict=False)
     return numbers if numbers.cast(pl.String).equals(column, null_equal=True) else column
 
 
 def _read_arrow(source: ArrowStream, columns: Mapping[str, str]) -> pl.DataFrame:
-    """The columns of an Arrow object; of a pandas frame only those are converted."""
+    """Reads columns of an Arrow object; of a pandas frame, converts no others."""
     name = describe(source)
     if name.startswith("pandas "):
         _check_columns([str(c) for c in source.columns], columns, name)  # type: ignore[attr-defined]
@@ -116,29 +115,31 @@ def _read_arrow(source: ArrowStream, columns: Mapping[str, str]) -> pl.DataFrame
     try:
         frame = pl.DataFrame(source)
     except ImportError as error:
-        raise ImportError(
-            f"a {name} is read through Arrow, which needs pyarrow: pip install pyarrow"
-        ) from error
-    # pandas raises the exceptions of pyarrow, which cannot be named without importing it;
-    # all of them are ValueError or TypeError
+        raise ImportError(f"reading a {name} requires pyarrow: pip install pyarrow") from error
+    # pandas raises exceptions of pyarrow, which may not be installed; all of them derive from
+    # ValueError or TypeError
     except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
-        raise ValueError(f"cannot read the {name}: {error}; give each column one type") from error
+        raise ValueError(
+            f"cannot read the {name}: {error}; convert each column to one type"
+        ) from error
     return _select(frame.lazy(), columns, name)
 
 
 def _select(rows: pl.LazyFrame, columns: Mapping[str, str], name: str) -> pl.DataFrame:
-    """The wanted columns of a query, in memory."""
+    """Collects columns of a query."""
     try:
         _check_columns(rows.collect_schema().names(), columns, name)
         return rows.select(list(columns)).collect()
     except pl.exceptions.NoDataError as error:
         raise ValueError(f"{name} is empty: expected a header and rows") from error
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"cannot read {name}: {error}; is the file whole and valid?") from error
+        raise ValueError(
+            f"cannot read {name}: {error}; check that the file is complete and valid"
+        ) from error
 
 
 def _check_columns(names: Sequence[str], columns: Mapping[str, str], source: str) -> None:
-    """Raises ``ValueError`` naming the nearest column if a wanted one is missing."""
+    """Raises ``ValueError`` that names the most similar column if one is missing."""
     for column, advice in columns.items():
         if column in names:
             continue

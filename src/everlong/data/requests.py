@@ -1,7 +1,7 @@
-"""Requests: sets of candidates that were shown to a user together, and the history before each.
+"""Requests: candidate sets that were shown to users, each with the user's history before it.
 
-The history of a request is what the user did strictly before it: an event of the same second is not
-in it, so that nothing of a request is ever in its own history.
+The history of a request holds the user's events strictly before its timestamp. An event of the same
+second is excluded, so that no event of a request is in its own history.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from everlong.data.times import TimeUnit, parse_times, to_unix_times
 from everlong.models.batch import RequestBatch
 
 SESSION_GAP_S = 1_800
-"""A pause after which exposures belong to another request, where the log has no request ids."""
+"""The pause that separates sessions: exposures after it belong to the next request."""
 
 
 class RequestFacts(NamedTuple):
-    """What was left out when requests were made."""
+    """Counts of what was left out when requests were read."""
 
     unknown_items: int = 0  # candidates whose item is not in the catalogue
-    unknown_users: int = 0  # candidates whose user is not in the log: they have no history
-    duplicates: int = 0  # candidates that were in their request already
-    empty_requests: int = 0  # requests none of whose candidates is known
-    incomplete_rows: int = 0  # candidates without an id or a finite time
+    unknown_users: int = 0  # candidates whose user is not in the log, so has no history
+    duplicates: int = 0  # repeated candidates of a request
+    empty_requests: int = 0  # requests without a known candidate
+    incomplete_rows: int = 0  # candidates without an id or a finite timestamp
 
 
 NOTHING_LEFT_OUT = RequestFacts()
@@ -41,17 +41,17 @@ NOTHING_LEFT_OUT = RequestFacts()
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Requests:
-    """Q requests with P candidates, by user and then time.
+    """``Q`` requests with ``P`` candidates, sorted by user and timestamp.
 
     Attributes:
         user: ``[Q]`` int64 user row of the log.
-        time: ``[Q]`` int64 Unix seconds.
-        end: ``[Q]`` int64 Unix seconds of the last of its candidates.
+        time: ``[Q]`` int64 Unix seconds of the first candidate.
+        end: ``[Q]`` int64 Unix seconds of the last candidate.
         stop: ``[Q]`` int64; the history is the user's events before this position of the log.
-        offsets: ``[Q + 1]`` int64.
+        offsets: ``[Q + 1]`` int64; request ``q`` owns candidates ``offsets[q]:offsets[q + 1]``.
         items: ``[P]`` int64 item rows.
-        labels: ``[P]`` float32 from 0 to 1, NaN where there is none.
-        facts: what was left out.
+        labels: ``[P]`` float32 from 0 to 1, NaN if unknown.
+        facts: counts of what was left out.
     """
 
     user: IntArray
@@ -77,7 +77,7 @@ class Requests:
 
     @property
     def request_rows(self) -> IntArray:
-        """``[P]`` the request of each candidate."""
+        """The request of each candidate, ``[P]``."""
         return np.repeat(np.arange(self.num_requests), np.diff(self.offsets))
 
     def select(self, rows: IntArray) -> Requests:
@@ -98,7 +98,7 @@ class Requests:
         )
 
     def history_lengths(self, events: Events) -> IntArray:
-        """``[Q]`` events before each request."""
+        """The number of events before each request, ``[Q]``."""
         lengths: IntArray = self.stop - events.offsets[self.user]
         return lengths
 
@@ -106,22 +106,22 @@ class Requests:
 def requests_from_events(
     events: Events, *, label: str = "label", request: str | None = None, gap_s: int = SESSION_GAP_S
 ) -> Requests:
-    """The requests of a log of exposures: what was shown is both candidate and, later, history.
+    """Groups a log of exposures into requests; an exposure is a candidate and, later, history.
 
     Args:
         events: a log whose events are exposures.
-        label: the event field with the outcome, from 0 to 1; NaN for unknown.
-        request: the event field with the number of the request; equal numbers that follow each
-            other are one request. None: a new one begins after a pause of more than ``gap_s``.
+        label: the event field with the outcome, from 0 to 1; NaN if unknown.
+        request: the event field with the request number; adjacent events with equal numbers are one
+            request. None: a pause of more than ``gap_s`` begins a new request.
         gap_s: that pause, seconds.
 
     Raises:
-        ValueError: if a field is missing, a label is not from 0 to 1, or requests are to be found
-            by pauses in a log without times.
+        ValueError: if a field is missing, a label is not from 0 to 1, or ``request`` is None and
+            the log has no timestamps.
     """
     if request is None and events.facts.time_unit == "position":
         raise ValueError(
-            "expected a log with times, as pauses are what divides it into requests, received "
+            "expected a log with timestamps, because pauses separate its requests, received "
             "positions; read the log with its timestamps, or name the field request="
         )
     labels = _field(events, label).astype(np.float32)
@@ -150,19 +150,20 @@ def read_requests(
     label: str = "label",
     time_unit: TimeUnit | str = "auto",
 ) -> Requests:
-    """Requests from a table of candidates of their own, one row a candidate.
+    """Reads requests from a table with one row per candidate.
 
-    The time of a request is the earliest of its rows. Rows with an item or a user that the log does
-    not have are left out and counted; a null label is none.
+    The timestamp of a request is the earliest of its rows. Rows with an item or a user outside the
+    log are left out and counted; a null label is unknown.
 
     Args:
-        source: as of ``read_events``.
+        source: as in ``read_events``.
         events: the log of the histories.
-        request_id, user_id, item_id, timestamp, label: columns.
-        time_unit: of the times, as of ``read_events``.
+        request_id, user_id, item_id, timestamp, label: names of the columns.
+        time_unit: the unit of the timestamps, as in ``read_events``.
 
     Raises:
-        ValueError: if columns are missing, a request has two users, or a label is not 0 to 1.
+        ValueError: if columns are missing, a request has several users, or a label is not from 0 to
+            1.
     """
     columns = (request_id, user_id, item_id, timestamp, label)
     frame = read_table(source, dict.fromkeys(columns, 'name the column, e.g. "{name}"'))
@@ -173,13 +174,14 @@ def read_requests(
         frame = frame.filter(pl.col(timestamp).is_finite())
     if frame.height == 0:
         raise ValueError(
-            f"expected candidates, received {rows_read} rows without any that has ids and a time"
+            "expected at least one row with ids and a timestamp, received none among "
+            f"{rows_read} rows"
         )
-    clock = to_unix_times(frame[timestamp], time_unit)  # type: ignore[arg-type]
-    if (clock.unit == "position") != (events.facts.time_unit == "position"):
+    stamps = to_unix_times(frame[timestamp], time_unit)  # type: ignore[arg-type]
+    if (stamps.unit == "position") != (events.facts.time_unit == "position"):
         raise ValueError(
-            f"expected the clock of the log ({events.facts.time_unit}), received {clock.unit}: "
-            "no request could be placed in its user's history; pass time_unit="
+            f"expected timestamps like those of the log ({events.facts.time_unit}), received "
+            f"{stamps.unit}: requests cannot be ordered among the events; pass time_unit="
         )
     found = pl.DataFrame(
         {
@@ -187,7 +189,7 @@ def read_requests(
             "user_id": frame[user_id],
             "user": events.user_ids.rows(frame[user_id]),
             "item": events.item_ids.rows(frame[item_id]),
-            "time": clock.times,
+            "time": stamps.times,
             "label": _numbers(frame[label]),
         }
     )
@@ -222,7 +224,7 @@ def _numbers(column: pl.Series) -> pl.Series:
         wrong = column.filter(numbers.is_null() & column.is_not_null())
         raise ValueError(
             f"column {column.name!r}: expected labels from 0 to 1, received {wrong[0]!r}; "
-            "code outcomes as numbers first"
+            "encode outcomes as numbers first"
         )
     return numbers
 
@@ -245,20 +247,20 @@ def _requests(
     items: NDArray[np.integer],
     labels: NDArray[np.float32],
 ) -> Requests:
-    """Requests of candidates ``[P]`` in groups ``[P]``; users, first and last times are ``[Q]``."""
+    """Requests of candidates ``[P]``, grouped by ``group [P]``; ``user`` and ``times`` are ``[Q]``."""
     if ((labels < 0) | (labels > 1)).any():
         raise ValueError(
             f"expected labels from 0 to 1, received {np.nanmin(labels)} to {np.nanmax(labels)}; "
-            "scale them, or make them 0 or 1 by a threshold"
+            "scale them, or apply a threshold"
         )
-    # an item that was shown twice in one request stands once in its set, with the better outcome
+    # a repeated item of a request is one candidate, with the largest label
     order = np.lexsort((np.arange(len(items)), items, group))
     new = np.ones(len(items), dtype=np.bool_)
     same = (group[order][1:] == group[order][:-1]) & (items[order][1:] == items[order][:-1])
     new[1:] = ~same
     kept = order[new]
     best = np.fmax.reduceat(labels[order], np.flatnonzero(new)) if len(items) else labels
-    # in the order that they were shown
+    # restore the order of the exposures
     shown = np.argsort(kept, kind="stable")
     kept, best = kept[shown], best[shown]
     counts = np.bincount(group[kept], minlength=len(user))
@@ -275,9 +277,9 @@ def _requests(
 
 
 def _stops(events: Events, user: IntArray, time: IntArray) -> IntArray:
-    """``[Q]`` the position after the last event of each user before a time."""
+    """The position after the last event of each user before a timestamp, ``[Q]``."""
     low, high = events.offsets[user].copy(), events.offsets[user + 1].copy()
-    # all searches at once, one halving after the other
+    # binary searches of all requests, vectorised
     while (low < high).any():
         middle = (low + high) // 2
         open_ = low < high
@@ -289,7 +291,7 @@ def _stops(events: Events, user: IntArray, time: IntArray) -> IntArray:
 
 
 class RequestSplit(NamedTuple):
-    """Requests by their time: the first to train on, then those to choose by, then the test."""
+    """Requests split by time into training, validation and test."""
 
     train: Requests
     validation: Requests
@@ -299,17 +301,17 @@ class RequestSplit(NamedTuple):
 def split_requests(
     requests: Requests, *, validation_share: float = 0.1, test_share: float = 0.1
 ) -> RequestSplit:
-    """Three parts by time; requests of one second are never in two.
+    """Splits requests by time; requests of one second are never in different parts.
 
-    A request that goes on beyond the cut after its part is left out, because some of its labels
-    were not known yet.
+    A request that crosses the cut after its part is left out, because some of its labels are later
+    than the cut.
 
     Args:
-        requests: all.
-        validation_share, test_share: of the labelled candidates, at least about so many.
+        requests: all requests.
+        validation_share, test_share: minimum shares of the labelled candidates, rounded.
 
     Raises:
-        ValueError: if a part would be empty, or the shares leave nothing to train on.
+        ValueError: if a part is empty, or the shares are not above 0 with a sum below 1.
     """
     if min(validation_share, test_share) <= 0 or validation_share + test_share >= 1:
         raise ValueError(
@@ -335,11 +337,11 @@ def split_requests(
 
 
 class RequestDataset:
-    """Requests as batches of whole users: one pass over a history for all of its requests.
+    """Requests as batches of whole users, so that a history is read once for all its requests.
 
     Args:
         events: the log.
-        requests: what to train on or to score; those without a label are left out.
+        requests: the requests to train on or to score; those without a label are left out.
     """
 
     def __init__(self, events: Events, requests: Requests) -> None:
@@ -348,7 +350,7 @@ class RequestDataset:
         labelled[np.diff(requests.offsets) == 0] = 0
         self.rows = np.flatnonzero(labelled > 0)
         self.events = events
-        # by user, then by what it sees: in the order of one walk over the history
+        # by user, then by timestamp, the order of one pass over the history
         order = np.lexsort((requests.time[self.rows], requests.user[self.rows]))
         self.rows = self.rows[order]
         self.requests = requests.select(self.rows)
@@ -361,7 +363,7 @@ class RequestDataset:
 
     @property
     def num_labels(self) -> int:
-        """Labels in one epoch; each comes exactly once."""
+        """Labels in one epoch; each is in exactly one batch."""
         return self.requests.num_labels
 
     @property
@@ -369,18 +371,19 @@ class RequestDataset:
         return self.requests.num_requests
 
     def num_batches(self, budget: int, *, seed: int, epoch: int) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         return len(self._plan(budget, self._order(seed, epoch))) - 1
 
     def batches(
         self, budget: int, *, seed: int, epoch: int, start: int = 0
     ) -> Iterator[RequestBatch]:
-        """The batches of an epoch, users in an order drawn by ``seed`` and ``epoch``.
+        """The batches of an epoch, users shuffled by ``seed`` and ``epoch``.
 
         Args:
-            budget: most events and candidates of a batch together; a user with more comes alone.
-            seed, epoch: of the order.
-            start: batches to skip, without building them.
+            budget: maximum number of events plus candidates of a batch; a user with more has a
+                batch of its own.
+            seed, epoch: the seed of the order of users.
+            start: number of batches to skip, without building them.
 
         Raises:
             ValueError: if ``budget`` is below 1, or ``start`` is not one of 0 .. num_batches.
@@ -390,12 +393,12 @@ class RequestDataset:
         if not 0 <= start < len(plan):
             raise ValueError(
                 f"expected start between 0 and {len(plan) - 1}, the batches of this epoch, "
-                f"received {start}; resume with the budget that the run began with"
+                f"received {start}; resume with the budget of the interrupted run"
             )
         return self._batches(order, plan, start)
 
     def in_order(self, budget: int) -> Iterator[RequestBatch]:
-        """All batches, users in their own order."""
+        """All batches, users in the order of their rows."""
         order = np.arange(len(self.users))
         return self._batches(order, self._plan(budget, order), 0)
 
@@ -404,7 +407,7 @@ class RequestDataset:
         return random.permutation(len(self.users))
 
     def _plan(self, budget: int, order: IntArray) -> list[int]:
-        """Where each batch begins among the users in an order."""
+        """The first user of each batch, as an index into ``order``."""
         if budget < 1:
             raise ValueError(f"expected a budget of at least 1 a batch, received {budget}")
         cuts, filled = [0], 0

@@ -1,7 +1,8 @@
-"""Protocols, and how each cuts a log into training segments and evaluation targets.
+"""Protocols: how a log is split into training segments and evaluation targets.
 
-A protocol is data, not code: its settings are written into every result. Two are named,
-``PAPER`` (as LRURec's code) and ``TEMPORAL`` (a cut in time, without any look into the future).
+A protocol is data, not code: its settings are part of every result record. Two are built in:
+``PAPER`` (leave-last-out as in LRURec's code) and ``TEMPORAL`` (a cut in time, without leakage from
+the future).
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ class Protocol(BaseModel):
     """How a log is split and how targets are ranked.
 
     Attributes:
-        name: what results call it.
-        kind: ``last-out``: of each user the last event is the test, the one before it the
-            validation. ``time-cut``: everything from a point in time on is held out.
-        window: events read before a target and labels of a training segment; None = all.
-        min_item_events: items with fewer events go, before users (one pass, 0 = off). A
+        name: its name in results.
+        kind: ``last-out``: the last event of each user is the test target, the event before it the
+            validation target. ``time-cut``: all events from a point in time on are held out.
+        window: maximum number of events of a history, and of labels of a training segment; None =
+            all.
+        min_item_events: items with fewer events are removed, before users (one pass, 0 = off). A
             ``time-cut`` counts training events only.
-        min_user_events: users with fewer remaining events go. A ``time-cut`` only keeps them
-            out of training.
-        drop_immediate_repeats: an event of the same item as the user's event before it goes,
+        min_user_events: users with fewer remaining events are removed; a ``time-cut`` removes them
+            from training only.
+        drop_immediate_repeats: an event of the same item as the user's event before it is removed,
             before anything is counted.
-        seen: ``mask``: items of the history that is read cannot be recommended.
+        seen: ``mask``: items of the history are excluded from the ranking; ``keep``: they stay.
         validation_share: ``time-cut``: share of the events in the validation period.
         test_share: ``time-cut``: share of the events in the test period.
-        max_targets: ``time-cut``: at most so many first events a user and period; None = all.
+        max_targets: ``time-cut``: maximum number of targets for each user and period, the earliest;
+            None = all.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,8 +62,8 @@ class Protocol(BaseModel):
         if self.kind == "time-cut":
             if None in shares or not 0 < self.held_out_share < 1:
                 raise ValueError(
-                    "a time-cut needs validation_share and test_share with a sum between 0 and 1, "
-                    f"received {shares[0]} and {shares[1]}; 0.1 and 0.1 are usual"
+                    "kind 'time-cut': expected validation_share and test_share with a sum between "
+                    f"0 and 1, received {shares[0]} and {shares[1]}; 0.1 and 0.1 are usual"
                 )
         elif shares != (None, None) or self.max_targets is not None:
             raise ValueError(
@@ -71,14 +74,14 @@ class Protocol(BaseModel):
 
     @property
     def held_out_share(self) -> float:
-        """The share of the events that is not for training (0 for ``last-out``)."""
+        """The share of the events that training excludes (0 for ``last-out``)."""
         return (self.validation_share or 0.0) + (self.test_share or 0.0)
 
     def replace(self, changes: Mapping[str, object]) -> Protocol:
-        """The same protocol with some settings changed, as in ``PAPER.replace({"window": 50})``.
+        """A copy with some settings changed, as in ``PAPER.replace({"window": 50})``.
 
         Raises:
-            ValueError: if a setting is unknown, or its value is not possible.
+            ValueError: if a setting is unknown or its value is invalid.
         """
         fields = type(self).model_fields
         for key in changes:
@@ -89,8 +92,8 @@ class Protocol(BaseModel):
         return Protocol.model_validate({**self.model_dump(), **changes})
 
 
-# LRURec's code filters only its raw ML-1M file (5 events an item, then 5 a user) and takes the
-# others as they come, so the filter is off here; its window is 50 for the Amazon files
+# LRURec's code filters only its raw ML-1M file (5 events an item, then 5 a user) and no other file,
+# so the filters are off here; its window is 50 for the Amazon files
 PAPER = Protocol(name="paper", kind="last-out", window=200, drop_immediate_repeats=True)
 TEMPORAL = Protocol(
     name="temporal", kind="time-cut", validation_share=0.1, test_share=0.1, max_targets=20
@@ -98,9 +101,9 @@ TEMPORAL = Protocol(
 
 
 class TrainSegments(NamedTuple):
-    """Pieces of histories to train on, ``[S]`` int64 each; positions count in ``Events.items``.
+    """Training segments: ranges of histories, ``[S]`` int64 each, as positions in ``Events.items``.
 
-    Events ``start .. stop`` are read from a fresh state, ``label_start .. stop`` are labels.
+    Events ``start .. stop`` are read from an initial state, ``label_start .. stop`` are labels.
     """
 
     user: IntArray
@@ -110,9 +113,10 @@ class TrainSegments(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Events to predict, ``[Q]`` int64 each; positions count in ``Events.items``.
+    """Evaluation targets of users, ``[Q]`` int64 each, as positions in ``Events.items``.
 
-    Events ``start .. stop`` are the history; ``stop .. end`` are predicted one by one, in order.
+    Events ``start .. stop`` are the history; ``stop .. end`` are the targets, predicted in order,
+    each after all events before it.
     """
 
     user: IntArray
@@ -123,11 +127,11 @@ class Targets(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """A log ready to train on and to evaluate.
+    """A log split into training, validation and test.
 
     Attributes:
-        events: the log, its item rows exactly the training catalogue; user rows as before.
-        facts: counts of events, targets and of whatever was left out.
+        events: the log, restricted to the training catalogue; user rows are unchanged.
+        facts: counts of events and targets, and of what was left out.
     """
 
     protocol: Protocol
@@ -138,15 +142,16 @@ class Split:
     facts: Mapping[str, int]
 
     def record(self) -> dict[str, object]:
-        """Protocol and facts as plain values for JSON; every result carries them."""
+        """Protocol and facts as JSON values, for result records."""
         return {"protocol": self.protocol.model_dump(mode="json"), "split": dict(self.facts)}
 
 
 def split(events: Events, protocol: Protocol) -> Split:
-    """A log cut as a protocol says.
+    """Splits a log by a protocol.
 
     Raises:
-        ValueError: if nothing is left to train on, or a time-cut meets a log without times.
+        ValueError: if no training event is left, or the protocol is a time-cut and the log has no
+            timestamps.
     """
     if protocol.kind == "time-cut":
         return _time_cut(events, protocol)
@@ -154,7 +159,7 @@ def split(events: Events, protocol: Protocol) -> Split:
 
 
 def whole_histories(events: Events, *, window: int | None = None) -> TrainSegments:
-    """Every user's whole history as training segments, for a final fit on all events."""
+    """Training segments of every user's whole history, for a final fit on all events."""
     users = np.arange(events.num_users, dtype=np.int64)
     return _segments(users, events.offsets[:-1], events.offsets[1:], window)
 
@@ -173,7 +178,7 @@ def _last_out(events: Events, protocol: Protocol) -> Split:
     _check_train(kept.num_events, events, protocol)
 
     first, end = kept.offsets[:-1], kept.offsets[1:]
-    # users with fewer than three events cannot give both targets: they train only
+    # users with fewer than three events have no two targets: all of their events are for training
     held_out = np.where(kept.lengths >= 3, 2, 0)
     facts["users_without_targets"] = int(((kept.lengths > 0) & (held_out == 0)).sum())
     users = np.arange(kept.num_users, dtype=np.int64)
@@ -194,7 +199,7 @@ def _time_cut(events: Events, protocol: Protocol) -> Split:
     log, facts = _drop_repeats(events, protocol)
     facts |= {"validation_from": validation_from, "test_from": test_from}
 
-    # the catalogue and its filter see nothing after the cut
+    # the catalogue and its filter count no event after the cut
     train_items = log.items[log.times < validation_from]
     counts = np.bincount(train_items, minlength=log.num_items)
     known = counts >= max(1, protocol.min_item_events)
@@ -229,15 +234,16 @@ def _time_cut(events: Events, protocol: Protocol) -> Split:
 
 
 def _cut_times(events: Events, protocol: Protocol) -> tuple[int, int]:
-    """First second of the validation period and of the test period."""
+    """The first second of the validation period and of the test period."""
     if events.facts.time_unit == "position":
         raise ValueError(
-            f"protocol {protocol.name!r} cuts the log at a point in time, but this log has only "
-            "positions, no times; use the protocol 'paper', or read the log with its timestamps"
+            f"protocol {protocol.name!r} cuts the log at a point in time: expected a log with "
+            "timestamps, received positions; use the protocol 'paper', or read the log with its "
+            "timestamps"
         )
     if events.num_events == 0:
         _check_train(0, events, protocol)
-    # events that share the cut's time all come after it, so a basket is never split
+    # events with the timestamp of the cut are all held out, so that no basket is split
     held_out = [
         round(events.num_events * protocol.held_out_share),
         round(events.num_events * (protocol.test_share or 0.0)),
@@ -247,8 +253,8 @@ def _cut_times(events: Events, protocol: Protocol) -> tuple[int, int]:
     validation_from, test_from = (int(ordered[-n]) if n else after_all for n in held_out)
     if protocol.validation_share and validation_from == test_from:
         raise ValueError(
-            f"the validation period is empty: both cuts fall on the time {test_from}, because "
-            f"the log's {events.num_events} events are few or share their times; "
+            f"the validation period is empty: both cuts fall on the timestamp {test_from}, because "
+            f"the log's {events.num_events} events are few or share timestamps; "
             "use larger shares, or a longer log"
         )
     return validation_from, test_from
@@ -257,14 +263,14 @@ def _cut_times(events: Events, protocol: Protocol) -> tuple[int, int]:
 def _check_train(num_events: int, events: Events, protocol: Protocol) -> None:
     if num_events == 0:
         raise ValueError(
-            f"protocol {protocol.name!r} leaves nothing to train on: expected at least one "
-            f"training event of the log's {events.num_events}; "
-            "lower min_item_events or min_user_events, or use a log that covers more time"
+            f"protocol {protocol.name!r}: expected at least one training event, received none of "
+            f"the log's {events.num_events}; lower min_item_events or min_user_events, or use a "
+            "log that covers more time"
         )
 
 
 def _first_at(events: Events, time: int) -> IntArray:
-    """``[U]`` position of each user's first event at ``time`` or later."""
+    """The position of each user's first event at ``time`` or later, ``[U]``."""
     earlier = np.concatenate([[0], np.cumsum(events.times < time, dtype=np.int64)])
     position: IntArray = events.offsets[:-1] + np.diff(earlier[events.offsets])
     return position
@@ -278,15 +284,15 @@ def _segments(
     first, stop = first[users], stop[users]
     if window is None:
         return TrainSegments(users, first, stop, first)
-    # a history of two windows or more becomes windows, counted from its end, each a fresh
-    # start; a shorter one is used once (LRURec's code, sliding windows)
+    # a history of two windows or more is split into windows from its end, each with an initial
+    # state; a shorter history is one segment (LRURec's code, sliding windows)
     length = stop - first
     count = np.where(length >= 2 * window, length // window, 1)
     row = np.repeat(np.arange(len(users)), count)
     windows_after = np.cumsum(count)[row] - np.arange(len(row)) - 1
     segment_stop = stop[row] - windows_after * window
     label_start = np.maximum(segment_stop - window, first[row])
-    # used once, its first label still has the event before it to be predicted from
+    # in a single segment, the event before the first label is read, so that it has an input
     with_context = np.maximum(label_start - 1, first[row])
     start = np.where(count[row] > 1, label_start, with_context)
     return TrainSegments(users[row], start, segment_stop, label_start)
@@ -295,7 +301,7 @@ def _segments(
 def _targets(
     users: IntArray, first: IntArray, stop: IntArray, end: IntArray, protocol: Protocol
 ) -> Targets:
-    """Targets of those ``users`` who have any; the other arrays are of all users, ``[U]``."""
+    """Targets of the ``users`` that have any; the other arrays are of all users, ``[U]``."""
     users = users[end[users] > stop[users]]
     first, stop, end = first[users], stop[users], end[users]
     if protocol.window is not None:
@@ -306,7 +312,7 @@ def _targets(
 
 
 def _drop_repeats(events: Events, protocol: Protocol) -> tuple[Events, dict[str, int]]:
-    """The log without immediate repeats, if the protocol drops them, and how many there were."""
+    """Drops immediate repeats if the protocol says so, and counts them."""
     if not protocol.drop_immediate_repeats or events.num_events == 0:
         return events, {"immediate_repeats": 0}
     fresh = np.ones(events.num_events, dtype=np.bool_)
@@ -317,7 +323,7 @@ def _drop_repeats(events: Events, protocol: Protocol) -> tuple[Events, dict[str,
 
 
 def _keep(events: Events, mask: NDArray[np.bool_]) -> Events:
-    """The events where ``mask [N]`` holds; users keep their rows."""
+    """The events where ``mask [N]`` is true; user rows are unchanged."""
     if mask.all():
         return events
     kept_before = np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])
@@ -331,7 +337,7 @@ def _keep(events: Events, mask: NDArray[np.bool_]) -> Events:
 
 
 def _restrict(events: Events, catalogue: NDArray[np.bool_]) -> Events:
-    """The events of items where ``catalogue [I]`` holds, item rows counted among these."""
+    """The events of items where ``catalogue [I]`` is true; items are renumbered."""
     if catalogue.all():
         return events
     kept = _keep(events, catalogue[events.items])
