@@ -47,7 +47,7 @@ def test_python_runs(
         exec(compile(code, f"{path.name}:{place}", "exec"), names)
     if path.name == "README.md":
         printed = capsys.readouterr().out
-        assert "somebody new" in printed
+        assert "new user" in printed
         assert "bytes per user" in printed
         assert (tmp_path / "model" / "config.json").is_file()
 

@@ -177,7 +177,7 @@ def test_every_mistake_is_one_line(fitted: Path, log: Path, tmp_path: Path) -> N
     assert "is not the one" in refused("evaluate", fitted, log, "--timestamp", "")
     assert "either --user or --history" in refused("recommend", fitted)
     assert "users are unknown" in refused("recommend", fitted, "--user", "123456")
-    assert "ids of this log are Int64" in refused("recommend", fitted, "--user", "me")
+    assert "expected ids of type Int64" in refused("recommend", fitted, "--user", "me")
     assert "not in the catalogue" in refused("recommend", fitted, "--history", "nothing")
     assert "k >= 1" in refused("recommend", fitted, "--user", "1", "-k", "0")
     assert not out.exists()

@@ -171,7 +171,7 @@ def test_fields_are_integers_or_floats():
         ({"fields": ["day"]}, "received Date"),
         ({"fields": ["item_id"]}, "used once"),
         ({"item_id": "user_id"}, "used once"),
-        ({"user_id": "flag"}, "column 'flag': ids of type Boolean"),
+        ({"user_id": "flag"}, "column 'flag': expected ids that are .*, received Boolean"),
         ({"ties": "sorted"}, "ties: expected one of"),
         ({"time_unit": "minutes"}, "time_unit: expected one of"),
         ({"timestamp": "mixed"}, "expected one unit"),

@@ -119,7 +119,7 @@ def test_a_truncated_or_absent_file_is_an_error(tmp_path, name):
         (
             FRAME.with_columns(image=pl.Series([[1.0, float("nan")]] * 4)),
             {"vectors": ["image"]},
-            "null, NaN or infinite",
+            "null, NaN or infinity",
         ),
         (FRAME.with_columns(item_id=pl.lit("10")), {}, "expected ids of type Int64"),
     ],

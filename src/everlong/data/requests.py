@@ -247,7 +247,7 @@ def _requests(
     items: NDArray[np.integer],
     labels: NDArray[np.float32],
 ) -> Requests:
-    """Requests of candidates ``[P]``, grouped by ``group [P]``; ``user`` and ``times`` are ``[Q]``."""
+    """Requests of candidates ``[P]``, grouped by ``group [P]``; users and times are ``[Q]``."""
     if ((labels < 0) | (labels > 1)).any():
         raise ValueError(
             f"expected labels from 0 to 1, received {np.nanmin(labels)} to {np.nanmax(labels)}; "
