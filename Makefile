@@ -1,5 +1,5 @@
-# demo shows the library; test runs the tests of a change, test-slow the rest of them (long forms, a
-# browser, a GPU); check reads the code. Each installs what it needs.
+# demo: a demonstration; test: fast tests; test-slow: the tests that are slow or need a browser or a
+# GPU; check: format, lint, types and vulnerabilities. Each target installs its requirements.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -23,7 +23,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(MAKE) audit
 
-# a known vulnerability fails; a machine that cannot ask says so and passes
+# fails on a known vulnerability; passes with a message if the database is not reachable
 audit: $(VENV)/.dev
 	$(BIN)/python .ci/audit.py
 
@@ -31,7 +31,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# torch first and by its version alone, so that pip is free to take a build for this machine
+# torch first and without the constraint's build tag, so that pip can choose a build for this machine
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0

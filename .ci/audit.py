@@ -21,21 +21,21 @@ def main() -> int:
         found = json.loads(run.stdout)["dependencies"]
     except ValueError:
         if any(name in run.stderr for name in UNREACHED):
-            print("audit skipped: no access to a list of vulnerabilities")
+            print("audit skipped: the vulnerability database is not reachable")
             return 0
         print(run.stderr, file=sys.stderr)
         return 2
-    # a mirror without the list answers "not found" for every package, and the tool passes
+    # a mirror without a database reports every package as not found, and pip-audit exits with 0
     asked = [one for one in found if "skip_reason" not in one]
     if not asked:
-        print("audit skipped: the package index here has no list of vulnerabilities")
+        print("audit skipped: this package index has no vulnerability database")
         return 0
     faults = [(one, fault) for one in asked for fault in one["vulns"]]
     for one, fault in faults:
         fixed = ", ".join(fault["fix_versions"]) or "none yet"
-        print(f"{one['name']} {one['version']}: {fault['id']}, repaired in {fixed}")
+        print(f"{one['name']} {one['version']}: {fault['id']}, fixed in {fixed}")
     unknown = len(found) - len(asked)
-    print(f"{len(asked)} packages looked up, {unknown} not known there: {len(faults)} faults")
+    print(f"{len(asked)} packages checked, {unknown} unknown: {len(faults)} vulnerabilities")
     return 1 if faults else 0
 
 
