@@ -70,6 +70,9 @@ async def read_body(request: Request) -> bytes:
 async def in_time(future: Future[T]) -> T:
     """The result of a thread of the engine; a future that is too late is cancelled.
 
+    Each future wakes the loop by itself. One wake-up for a group of answers saved 3 to 4 % of the
+    server's CPU at 1,000 requests/s, less than the 5 % that code of our own has to gain.
+
     Raises:
         TimeoutError: after ``ANSWER_S`` seconds.
     """
