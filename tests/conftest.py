@@ -18,7 +18,8 @@ torch.set_num_threads(1)
 # what tests start as processes of their own; numba refuses a change of its variable
 os.environ["OMP_NUM_THREADS"] = "1"
 # no test fails because a machine is slow, or for an example that the last run did not have;
-# pytest --hypothesis-profile=default draws others each time
+# pytest --hypothesis-profile=random draws others each time
+settings.register_profile("random", deadline=None)
 settings.register_profile("everlong", deadline=None, derandomize=True)
 settings.load_profile("everlong")
 # a shell that starts the tests in the background has Ctrl-C ignored

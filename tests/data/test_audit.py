@@ -25,7 +25,7 @@ def share(values) -> float:
     return sum(values) / len(values) if values else float("nan")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(T, T + 3)),

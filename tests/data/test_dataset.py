@@ -28,7 +28,7 @@ def histories(lengths: list[int]) -> Events:
 lengths_of_users = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(lengths_of_users, st.integers(1, 40), st.integers(1, 8) | st.none(), st.integers(0, 3))
 def test_each_label_is_in_one_batch_and_chunks_join_to_whole_histories(
     lengths: list[int], budget: int, window: int | None, seed: int
@@ -67,7 +67,7 @@ def test_each_label_is_in_one_batch_and_chunks_join_to_whole_histories(
     assert counts.tolist() == np.bincount(wanted, minlength=done.events.num_items).tolist()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 30), max_size=15), st.integers(1, 20))
 def test_batches_are_filled_greedily(lengths: list[int], budget: int) -> None:
     expected: list[list[tuple[int, int, int]]] = []
@@ -116,7 +116,7 @@ def test_start_skips_batches_without_changing_the_others() -> None:
             assert (found.carried, found.continues) == (expected.carried, expected.continues)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(lengths_of_users, st.data())
 def test_gather_copies_any_ranges(lengths: list[int], data: st.DataObject) -> None:
     events = histories(lengths)

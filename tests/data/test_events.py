@@ -38,7 +38,7 @@ def rows_of(events: Events) -> list[tuple]:
     return found
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(ROWS)
 def test_stable_order_is_user_then_time_then_row(rows):
     events = read_events(frame_of(rows), fields=["row"])
@@ -52,7 +52,7 @@ def test_stable_order_is_user_then_time_then_row(rows):
     ]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(ROWS, st.integers(0, 5))
 def test_random_ties_keep_timestamps_and_are_reproducible_by_seed(rows, seed):
     one, two = (read_events(frame_of(rows), ties="random", seed=seed) for _ in range(2))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from everlong.data.ids import IdMap
 
-EXAMPLES = settings(deadline=None, max_examples=40)
+EXAMPLES = settings(max_examples=40)
 SAME_TYPE = st.one_of(
     st.lists(st.integers(-(2**63), 2**63 - 1)),
     st.lists(st.text(st.characters(exclude_categories=["Cs"]))),

@@ -54,7 +54,7 @@ def test_columns_are_aligned_with_the_rows_of_the_catalogue(caplog):
     )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.dictionaries(
         st.integers(0, 9), st.lists(st.sampled_from(["a", "b", "c", "unknown"])), max_size=10

@@ -47,7 +47,7 @@ exposures = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=exposures)
 def test_requests_are_sessions_and_their_histories_end_strictly_before_them(
     rows: list[Row],
@@ -77,7 +77,7 @@ def test_requests_are_sessions_and_their_histories_end_strictly_before_them(
     assert found.facts.duplicates == events.num_events - found.num_candidates
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=exposures, budget=st.integers(1, 60), seed=st.integers(0, 5))
 def test_every_label_is_in_one_batch_with_its_own_history(
     rows: list[Row], budget: int, seed: int
@@ -115,7 +115,7 @@ def test_every_label_is_in_one_batch_with_its_own_history(
     assert rest == again[1:]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=exposures, change=st.integers(0, 39))
 def test_events_at_or_after_a_request_are_not_in_its_history(rows: list[Row], change: int) -> None:
     events = log_of(rows)
@@ -231,7 +231,7 @@ def test_select_keeps_the_candidates_of_requests_together() -> None:
     ]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=exposures, budget=st.integers(1, 60))
 def test_batches_hold_all_labels_and_only_events_of_histories(rows: list[Row], budget: int) -> None:
     events = log_of(rows)
@@ -255,7 +255,7 @@ def test_batches_hold_all_labels_and_only_events_of_histories(rows: list[Row], b
     assert requests.history_lengths(events).tolist() == lengths
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=exposures, data=st.data())
 def test_histories_do_not_depend_on_later_events(rows: list[Row], data: st.DataObject) -> None:
     # the numbers of rows are not those of ids, so histories are compared by id

@@ -53,7 +53,7 @@ def published_windows(length: int, window: int) -> list[tuple[int, int, int]]:
     return [(stop - window, stop - window, stop) for stop in range(length, window - 1, -window)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 9))
 def test_paper_segments_are_the_published_windows(lengths: list[int], window: int) -> None:
     events = histories(lengths)
@@ -75,7 +75,7 @@ def test_paper_segments_are_the_published_windows(lengths: list[int], window: in
         assert mine.sum() == len(found)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 9) | st.none())
 def test_paper_targets_are_the_last_two_events(lengths: list[int], window: int | None) -> None:
     events = histories(lengths)
@@ -130,7 +130,7 @@ def test_paper_keeps_repeats_across_users_and_aligns_fields() -> None:
 cuts = TEMPORAL.replace({"validation_share": 0.2, "test_share": 0.3, "max_targets": 3})
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(days, st.integers(0, 3))
 def test_temporal_equals_brute_force_and_has_no_leaks(
     rows: list[tuple[int, int, int]], min_item_events: int

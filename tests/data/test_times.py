@@ -16,7 +16,7 @@ def clock(values, unit="auto", dtype=None):
     return to_unix_times(parse_times(pl.Series("when", values, dtype=dtype)), unit)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(200_000_000, 4_000_000_000), min_size=1, max_size=5),
     st.sampled_from(list(PER_SECOND)),

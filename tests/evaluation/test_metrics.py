@@ -84,7 +84,7 @@ def test_ranks_from_zero_are_refused() -> None:
         Metric("MRR", 10).of(np.array([0, 1]))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30))
 def test_equal_to_ir_measures(seed: int, num_items: int) -> None:
     rng = np.random.default_rng(seed)
@@ -152,7 +152,7 @@ def test_interval_does_not_depend_on_the_last_bits_of_the_means() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 1000]), st.sampled_from([1e-3, 1.0, 50]))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_summable_values_sum_alike_in_any_order(seed: int, users: int, peak: float) -> None:
     rng = np.random.default_rng(seed)
     values = rng.random((users, 1)) * peak - peak / 3

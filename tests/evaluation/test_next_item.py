@@ -126,7 +126,7 @@ def problems(draw: st.DrawFn) -> tuple[Events, Targets, LastItem]:
     return events, targets, LastItem(table)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     problems(),
     st.sampled_from(["mask", "keep"]),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from everlong.evaluation.ranker import (
@@ -38,7 +38,6 @@ def random_ranked(seed: int, unknown: float = 0.2) -> Ranked:
     )
 
 
-@settings(deadline=None)
 @given(pairs=st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=1, max_size=20))
 def test_auc_counts_pairs_with_ties_half(pairs: list[tuple[int, int]]) -> None:
     scores, labels = (np.array(column) for column in zip(*pairs, strict=True))

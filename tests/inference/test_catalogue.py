@@ -115,7 +115,7 @@ def searches(draw: st.DrawFn) -> tuple[ItemEmbeddings, Tensor, int, Pairs, Tenso
     return head, torch.from_numpy(user), draw(st.integers(1, 100)), exclude, hidden  # type: ignore[return-value]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(searches(), st.booleans(), st.booleans())
 def test_lists_are_those_of_the_definition(search: Any, coarse: bool, cut: bool) -> None:
     head, user, k, exclude, hidden = search

@@ -65,7 +65,7 @@ def some_events(seed: int = 0, lengths: tuple[int, ...] = (9, 1, 30, 4, 4)) -> E
     )
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 48), st.integers(0, 48)), max_size=7), st.integers(1, 60))
 def test_equal_to_each_row_alone(ranges: list[tuple[int, int]], budget: int) -> None:
     events, model = some_events(), DecayedSum(8)

@@ -340,7 +340,7 @@ def compare(name: str, problem: Any, folder: Path) -> None:
         check(recommender, events, service, asked)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(problem=problems())
 def test_lists_are_the_same_from_histories_on(
     problem: Any, tmp_path_factory: pytest.TempPathFactory
@@ -349,7 +349,7 @@ def test_lists_are_the_same_from_histories_on(
 
 
 @pytest.mark.parametrize("name", ["lru", "popularity", "markov", "two_stage"])
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(problem=problems())
 def test_lists_of_one_state_are_the_same(
     name: str, problem: Any, tmp_path_factory: pytest.TempPathFactory

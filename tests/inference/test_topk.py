@@ -24,7 +24,7 @@ def tables(draw: st.DrawFn) -> list[list[float]]:
     return draw(st.lists(st.lists(TIED, min_size=width, max_size=width), min_size=1, max_size=5))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(tables(), st.integers(1, 12))
 def test_top_k_is_the_stable_sort(table: list[list[float]], k: int) -> None:
     values, items = top_k(torch.tensor(table), k)
@@ -32,7 +32,7 @@ def test_top_k_is_the_stable_sort(table: list[list[float]], k: int) -> None:
         assert list(zip(got_values, got_items, strict=True)) == expected_list(row, k)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(tables(), st.data())
 def test_rank_is_the_place_in_the_list(table: list[list[float]], data: st.DataObject) -> None:
     target = [data.draw(st.integers(0, len(row) - 1)) for row in table]

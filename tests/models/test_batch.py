@@ -10,7 +10,7 @@ from everlong.models.batch import Batch
 HISTORIES = st.lists(st.lists(st.integers(0, 9), max_size=6), max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(HISTORIES)
 def test_histories_come_back_from_a_batch(histories: list[list[int]]) -> None:
     batch = Batch.from_histories(histories)

@@ -50,7 +50,7 @@ def test_outputs_follow_the_equations() -> None:
     torch.testing.assert_close(model.user_embedding(state)[1], model.leave.bias)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=6))
 def test_time_major_visits_every_event_once_in_order(lengths: list[int]) -> None:
     batch = Batch.from_histories([[0] * n for n in lengths])

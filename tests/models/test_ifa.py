@@ -79,11 +79,11 @@ def random_requests(events: Batch, seed: int) -> RequestBatch:
     "changes",
     [
         {},
-        {"candidate_attention": False},
+        slow({"candidate_attention": False}),
         {"window": 0},
         {"half_lives": (3_600.0, DAY_S, 7 * DAY_S), "layers": 1},
-        {"feature_map": "exp"},
-        {"feature_map": "taylor"},
+        slow({"feature_map": "exp"}),
+        slow({"feature_map": "taylor"}),
         {"feature_map": "random"},
         {"clock": False, "fields": ()},
     ],
@@ -161,7 +161,7 @@ def same_states(model: IFA, a: IFAState, b: IFAState, tolerance: float = 1e-10) 
     assert torch.allclose(model.user_embedding(a, at), model.user_embedding(b, at), atol=tolerance)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=3), seed=st.integers(0, 99))
 def test_order_of_arrival_and_merging_make_no_difference(lengths: list[int], seed: int) -> None:
     model, events = small(), random_events(lengths, seed)
@@ -188,7 +188,7 @@ def chosen(events: Batch, mask: Tensor) -> Batch:
     return events.select(mask.nonzero().flatten(), offsets)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(length=st.integers(1, 14), seed=st.integers(0, 99))
 def test_what_is_removed_was_never_there(length: int, seed: int) -> None:
     model, events = small(spare=14), random_events([length, 3], seed)

@@ -79,7 +79,7 @@ def test_ids_and_vectors_add_up() -> None:
     assert alone.table() is alone.ids.weight
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.integers(2, ITEMS), st.sampled_from([1e-3, 1.0, 1e3]), st.sampled_from([0.0, -7.0, 100.0])
 )

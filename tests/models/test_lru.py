@@ -242,7 +242,7 @@ def test_the_first_loss_is_that_of_a_guess() -> None:
     assert float(loss.detach()) == pytest.approx(math.log(500), abs=0.05)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, ITEMS - 1), min_size=1, max_size=30), st.integers(0, 3))
 def test_steps_and_encode_agree_for_every_prefix(history: list[int], seed: int) -> None:
     model = small(seed)

@@ -22,7 +22,7 @@ def counted(histories: list[list[int]], backoff: float = 1.0) -> Markov:
     return model
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     histories=HISTORIES, last=st.integers(-1, ITEMS - 1), backoff=st.sampled_from([0.1, 1.0, 7.0])
 )
@@ -44,7 +44,7 @@ def test_scores_are_smoothed_shares_of_what_followed(histories, last, backoff) -
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(histories=HISTORIES, cut=st.integers(0, 6))
 def test_counts_do_not_depend_on_the_parts_that_they_come_in(histories, cut) -> None:
     whole, parts = counted(histories), Markov(MarkovConfig(num_items=ITEMS))

@@ -47,7 +47,7 @@ def test_events_lose_half_with_every_half_life() -> None:
     torch.testing.assert_close(scores, torch.tensor([[0.75, 1.0, 0.0]]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     events=st.lists(
         st.tuples(st.integers(0, 4), st.integers(NOW_S - 400 * DAY_S, NOW_S)), min_size=1

@@ -7,6 +7,7 @@ import sys
 import numba
 import pytest
 import torch
+from tests.forms import slow
 
 from everlong.models import state as states
 from everlong.models.batch import Batch
@@ -70,7 +71,7 @@ def small(name: str, **settings: object) -> UserModel:
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.float32)])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_keeps_the_laws(name: str, dtype: torch.dtype) -> None:
     model = small(name)

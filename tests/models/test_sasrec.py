@@ -128,7 +128,7 @@ def test_step_and_encode_leave_the_same_state() -> None:
     assert states.bytes_per_user(state) == 4 * WINDOW + 8
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=40))
 def test_buckets_hold_every_event_once_in_order(lengths: list[int]) -> None:
     lengths = sorted(lengths)

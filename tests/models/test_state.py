@@ -59,7 +59,7 @@ def test_bytes_hold_values_alone() -> None:
     assert torch.equal(states.from_bytes(states.to_bytes(shared), shared).number, base)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
 def test_damaged_bytes_are_refused_or_still_a_state(place: float, flip: int, cut: bool) -> None:
     data = bytearray(states.to_bytes(memory(3)))
@@ -103,7 +103,7 @@ def test_check_same_names_the_difference() -> None:
         states.check_same(memory(3), Other(*memory(3)))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 4), max_size=5, unique=True))
 def test_take_and_put_are_inverse(rows: list[int]) -> None:
     state, new = memory(5), memory(5, seed=1)

@@ -49,7 +49,7 @@ def test_a_model_of_three_methods_keeps_the_laws() -> None:
     assert report.exempt == {}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6))
 def test_shift_moves_one_event_later(lengths: list[int]) -> None:
     events = sum(lengths)

@@ -187,7 +187,7 @@ def test_what_is_after_the_cut_changes_nothing() -> None:
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4), seed=st.integers(0, 999))
 def test_sums_are_a_commutative_group(lengths: list[int], seed: int) -> None:
     generator, rates = torch.Generator().manual_seed(seed), NEVER_AND_DAY

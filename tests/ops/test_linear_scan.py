@@ -225,7 +225,7 @@ def test_a_second_derivative_is_refused() -> None:
     seed=st.integers(0, 99),
     scale=st.floats(-3, 3),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_superposition(lengths: list[int], channels: int, seed: int, scale: float) -> None:
     one, two = make_pack(lengths, channels, seed=seed), make_pack(lengths, channels, seed=seed + 1)
     for scan in ALL.values():
@@ -238,7 +238,7 @@ def test_superposition(lengths: list[int], channels: int, seed: int, scale: floa
 
 
 @given(delay=st.integers(0, 12), length=st.integers(1, 20))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_a_later_start_moves_the_outputs(delay: int, length: int) -> None:
     pack = make_pack([length], 3)
     quiet = torch.zeros_like(pack.state)
@@ -284,7 +284,7 @@ def test_causal_to_the_bit(form: str, event: int) -> None:
     data=st.data(),
     channels=st.integers(1, 3),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_cut_anywhere_and_resume(lengths: list[int], data: st.DataObject, channels: int) -> None:
     pack = make_pack(lengths, channels)
     cuts = [data.draw(st.integers(0, length)) for length in lengths]

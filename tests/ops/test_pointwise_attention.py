@@ -121,7 +121,7 @@ cases = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(case=cases, chunk=st.sampled_from([1, 50, 1 << 19]), fused=st.booleans())
 def test_all_forms_agree_in_values_and_gradients(case: Case, chunk: int, fused: bool) -> None:
     weights = torch.randn(case.query.shape, dtype=torch.float64).to(case.query.dtype)

@@ -19,7 +19,7 @@ spans_of = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(spans_of, st.none() | st.integers(1, 20))
 def test_plans_hold_every_query_once_with_its_columns(
     parts: list[tuple[int, int, int]], window: int | None

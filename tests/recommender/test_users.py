@@ -50,7 +50,7 @@ def test_a_state_of_another_shape_is_refused() -> None:
         users.write_states(torch.tensor([0]), Memory(torch.zeros(1, 3)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(st.lists(st.lists(st.integers(0, 9), max_size=8), min_size=3, max_size=3), max_size=4)
 )

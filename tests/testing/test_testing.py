@@ -314,7 +314,7 @@ def test_every_law_has_a_fault() -> None:
     assert {law for _, law in FAULTS} == set(LAWS)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 10**6),
     num_users=st.integers(2, 6),

@@ -161,7 +161,7 @@ def test_packed_texts_are_as_each_alone(
             assert (packed[row] - other).abs().max() <= tolerance * packed.abs().max()
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.text(st.characters(codec="utf-8"), max_size=30), min_size=1, max_size=12),
     st.integers(1, 300),

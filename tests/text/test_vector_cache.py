@@ -82,7 +82,7 @@ def change(cache: Path, statement: str, *values: object) -> None:
         database.execute(statement, values)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=3), max_size=20))
 def test_a_cache_changes_nothing(texts: list[str]) -> None:
     direct = Hashes().encode(texts)

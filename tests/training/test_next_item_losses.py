@@ -204,7 +204,7 @@ def brute_force(case: Case, negatives: Negatives) -> Tensor:
     return torch.stack(losses).mean()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     events=st.integers(1, 30),
     counts=st.lists(st.integers(0, 500), min_size=2, max_size=25),
@@ -346,7 +346,7 @@ def test_nce_of_equal_scores_is_the_log_of_their_number(scale: float) -> None:
         assert float(loss) == pytest.approx(math.log(others + 1), rel=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     events=st.integers(1, 40),
     items=st.integers(1, 20),

@@ -247,7 +247,6 @@ def test_a_service_stands_as_told(
         settings=settings(
             max_examples=stories,
             stateful_step_count=length,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )

@@ -48,7 +48,7 @@ def test_what_comes_later_is_added_in_its_place(log: SqliteLog) -> None:
     seen.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.lists(
         st.one_of(
