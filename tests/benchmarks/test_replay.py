@@ -17,7 +17,7 @@ pytest.importorskip("starlette")
 import everlong
 from everlong import TEMPORAL, Events, read_events
 from everlong.client import Client
-from everlong.server.http.messages import MAX_K, EventIn, ItemOut, ListOut, ReceiptOut
+from everlong.server.http.messages import MAX_K, EventIn, ItemOut, ListOut, ReceiptOut, UnknownOut
 
 PATH = Path(__file__).parents[2] / "examples" / "replay.py"
 USERS, ITEMS, LENGTH = 30, 20, 12
@@ -157,6 +157,7 @@ def test_equals_count_against_the_target_also_where_a_list_ends(example: ModuleT
             model="x",
             known=True,
             stale=False,
+            unknown=UnknownOut(count=0, item_ids=[]),
         )
 
     assert example.rank_in(listed(3.0, 2.0, 2.0, 1.0), 1, last=9) == 3
