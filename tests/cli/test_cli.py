@@ -169,7 +169,7 @@ def test_every_mistake_is_one_line(fitted: Path, log: Path, tmp_path: Path) -> N
     assert "did you mean 'lru'" in refused(*fit, "--model", "lur")
     assert "did you mean 'dim'" in refused(*fit, "--set", "dmi=8")
     assert "did you mean 'epochs'" in refused(*fit, "--train", "epcohs=8")
-    assert "--set takes name=value" in refused(*fit, "--set", "dim")
+    assert "--set: expected name=value" in refused(*fit, "--set", "dim")
     assert "unknown protocol" in refused(*fit, "--protocol", "papre")
     assert "did you mean 'window'" in refused(*fit, "--split", "windo=3")
     assert "holds other files" in refused("fit", log, "--out", log.parent)
@@ -199,7 +199,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 def test_settings_are_name_and_value() -> None:
     assert pairs("--set", ["a=1", " b = x=y ", "c=none"]) == {"a": "1", "b": "x=y", "c": None}
     assert pairs("--set", None) == {}
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="received two; give it once"):
         pairs("--set", ["a=1", "a=2"])
 
 

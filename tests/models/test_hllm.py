@@ -226,7 +226,7 @@ def test_a_model_without_all_weights_is_refused(language_model: Path) -> None:
     weights = load_file(file)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"is not whole.*up_proj"):
+    with pytest.raises(ValueError, match=r"is incomplete.*up_proj"):
         decoder_of(language_model)
 
 

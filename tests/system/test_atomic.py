@@ -120,7 +120,7 @@ def test_a_block_that_fails_leaves_the_old_folder(
 
 def test_a_file_in_the_way_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="found a file"), new_folder(tmp_path / "file"):
+    with pytest.raises(ValueError, match="received a file"), new_folder(tmp_path / "file"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -208,7 +208,7 @@ def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path: Path) -> None:
     text.write_text("not a database, but long enough to be read as one " * 20)
     for path in (other, text):
         before = path.read_bytes()
-        with pytest.raises(ValueError, match="no cache of vectors, or a damaged one"):
+        with pytest.raises(ValueError, match="is not a vector cache, or is damaged"):
             encode_cached(Hashes(), ["a"], path)
         assert path.read_bytes() == before
 
@@ -232,7 +232,7 @@ def test_what_is_not_finite_is_never_kept(tmp_path: Path) -> None:
             encoded.vectors[1:] = np.nan
             return encoded
 
-    with pytest.raises(ValueError, match="NaN or infinite numbers for 1 texts, for example 'b'"):
+    with pytest.raises(ValueError, match="NaN or infinity for 1 texts, for example 'b'"):
         encode_cached(Diverged(), ["a", "b"], tmp_path / "cache")
     encoder = Hashes()
     encode_cached(encoder, ["a", "b"], tmp_path / "cache")
@@ -242,5 +242,7 @@ def test_what_is_not_finite_is_never_kept(tmp_path: Path) -> None:
 def test_vectors_of_another_width_are_an_error() -> None:
     encoder = Hashes()
     encoder.width = 6
-    with pytest.raises(ValueError, match=r"expected vectors \(1, 6\) .* received \(1, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"expected vectors of shape \(1, 6\) .* received \(1, 5\)"
+    ):
         encode_cached(encoder, ["a"], None)

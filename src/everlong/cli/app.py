@@ -1,7 +1,7 @@
 """The command line: ``everlong demo, fit, evaluate, recommend, serve, verify, data, bench``.
 
-Results go to standard output, everything else to standard error. Every command imports what it
-needs when it runs, so that help comes at once.
+Results go to standard output, log lines and errors to standard error. Commands import their modules
+when they run, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from everlong.cli.serve import serve
 from everlong.cli.verify import verify_log
 
 MISTAKE, INTERRUPTED, FAULT = 2, 130, 1
-"""Exit codes: a mistake of the user, Ctrl-C, a fault of the program."""
+"""Exit codes: invalid input, Ctrl-C, an internal error."""
 
 
 class Commands(TyperGroup):
-    """The root command: turns every error into one line and an exit code."""
+    """The root command, which prints an error as one line and sets the exit code."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """What the command returns."""
+        """Runs a command and handles its errors."""
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            # usage errors of typer know how to show themselves
+            # typer prints its usage errors itself
             if hasattr(error, "exit_code") and hasattr(error, "show"):
                 raise
             if _debugging(ctx):
@@ -50,7 +50,7 @@ class Commands(TyperGroup):
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line for an error."""
+    """The exit code and the message of an error."""
     from everlong.system.interrupt import Interrupted
 
     text = " ".join(str(error).split())
@@ -61,7 +61,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, ValueError | OSError | ImportError):
         return MISTAKE, f"error: {text or type(error).__name__}"
     kind = type(error).__name__
-    return FAULT, f"fault: {kind}: {text}; run again with --debug and report what it prints"
+    return FAULT, f"fault: {kind}: {text}; run again with --debug and report its output"
 
 
 def _debugging(ctx: typer.Context) -> bool:
@@ -83,7 +83,7 @@ def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Warnings only.")] = False,
 ) -> None:
-    """Sets up the log lines, or prints the version."""
+    """Configures logging, or prints the version."""
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -98,7 +98,7 @@ for command in (demo, fit, evaluate, recommend, serve, bench):
     app.command()(command)
 app.command("verify")(verify_log)
 
-data_app = typer.Typer(no_args_is_help=True, help="Look at a log, or parse it once.")
+data_app = typer.Typer(no_args_is_help=True, help="Audit a log, or write its event cache.")
 data_app.command("audit")(data_audit)
 data_app.command("cache")(data_cache)
 app.add_typer(data_app, name="data")

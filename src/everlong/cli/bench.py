@@ -1,4 +1,4 @@
-"""``everlong bench``."""
+"""The command ``everlong bench``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from everlong.cli.options import Json, write_json
 
 
 def bench(
-    items: Annotated[int, typer.Option(help="Size of the catalogue.")] = 10_000,
-    seconds: Annotated[float, typer.Option(help="Length of each measurement.")] = 1.0,
+    items: Annotated[int, typer.Option(help="Number of items.")] = 10_000,
+    seconds: Annotated[float, typer.Option(help="Duration of each measurement in seconds.")] = 1.0,
     to: Json = None,
 ) -> None:
-    """Measures how fast this machine reads events with a fresh LRU of default size."""
+    """Measures the events/s of an untrained LRU of default size on this machine."""
     from everlong.evaluation.speed import bench as measure
 
     result = measure(num_items=items, seconds=seconds)

@@ -16,7 +16,7 @@ def data_audit(
     item_id: ItemColumn = "item_id",
     timestamp: TimeColumn = "timestamp",
     ties: TieRule = Ties.STABLE,
-    seed: Annotated[int, typer.Option(help="Of random ties.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of ties.")] = 0,
 ) -> None:
     """Audits a log: history lengths, tied timestamps, repeats, order of ids, time gaps."""
     from everlong.data.audit import audit
@@ -28,12 +28,12 @@ def data_audit(
 
 def data_cache(
     log: Log,
-    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    folder: Annotated[Path, typer.Argument(help="The new folder of the event cache.")],
     user_id: UserColumn = "user_id",
     item_id: ItemColumn = "item_id",
     timestamp: TimeColumn = "timestamp",
     ties: TieRule = Ties.STABLE,
-    seed: Annotated[int, typer.Option(help="Of random ties.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of ties.")] = 0,
 ) -> None:
     """Parses a log into an event cache: memory-mapped arrays that every command accepts as LOG."""
     from everlong.data.event_cache import write_event_cache

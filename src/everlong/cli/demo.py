@@ -1,4 +1,4 @@
-"""``everlong demo``."""
+"""The command ``everlong demo``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import typer
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the model and the pictures go.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the log and of training.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder for the model and the plots.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Random seed of the log and of training.")] = 0,
 ) -> None:
-    """Shows the whole path on a made-up log whose best possible score is known."""
+    """Trains, evaluates and updates a model on a synthetic log with a known best score."""
     from everlong.cli.runs.demo import DEMO, run_demo
 
     run_demo(DEMO, out, seed=seed, say=typer.echo)

@@ -1,4 +1,4 @@
-"""``everlong evaluate``."""
+"""The command ``everlong evaluate``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part(StrEnum):
 def evaluate(
     model: ModelDir,
     log: Log,
-    part: Annotated[Part, typer.Option(help="Which part of the log.")] = Part.TEST,
+    part: Annotated[Part, typer.Option(help="The held-out part.")] = Part.TEST,
     user_id: UserColumn = "user_id",
     item_id: ItemColumn = "item_id",
     timestamp: TimeColumn = "timestamp",
@@ -40,7 +40,7 @@ def evaluate(
     allow: Allow = None,
     to: Json = None,
 ) -> None:
-    """Measures a model on a held-out part of the log that it was trained on."""
+    """Evaluates a model on a held-out part of its log."""
     from everlong.evaluation.report import metrics_text
 
     recommender = load_model(model, device, allow)

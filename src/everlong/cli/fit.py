@@ -1,4 +1,4 @@
-"""``everlong fit``."""
+"""The command ``everlong fit``."""
 
 from __future__ import annotations
 
@@ -58,15 +58,16 @@ def fit(
     item_id: ItemColumn = "item_id",
     timestamp: TimeColumn = "timestamp",
     ties: TieRule = Ties.STABLE,
-    seed: Annotated[int, typer.Option(help="Of random ties, weights and training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of ties, weights and training.")] = 0,
     device: Device = "cpu",
     resume: Annotated[bool, typer.Option(help="Continue an interrupted fit.")] = False,
     baselines: Annotated[bool, typer.Option(help="Also measure cheap baselines.")] = False,
 ) -> None:
-    """Trains a model, tests it once, reads every history and saves the folder.
+    """Trains and tests a model, encodes all histories and saves the model folder.
 
-    The folder OUT.run keeps a checkpoint while training lasts, the training log (train.jsonl) and
-    pictures. After Ctrl-C or a crash, the same command with --resume continues to the same bits.
+    The folder OUT.run contains a checkpoint during training, the training log (train.jsonl) and
+    plots. After Ctrl-C or a crash, the same command with --resume continues and ends with the same
+    bits.
     """
     from everlong.cli.runs.fit import FitPlan, run_fit
 
@@ -91,10 +92,11 @@ def fit(
 def item_reader(
     path: Path | None, item_id: str, vectors: Sequence[str]
 ) -> Callable[[IdMap], ItemTable] | None:
-    """What reads the vectors of the items of a log; None if there are none.
+    """The function that reads item vectors for the items of a log; None without ``--items``.
 
     Raises:
-        ValueError: if there are items without vectors, vectors without items, or no such file.
+        ValueError: if only one of ``--items`` and ``--vectors`` is given.
+        FileNotFoundError: if the file does not exist.
     """
     if path is None and not vectors:
         return None
@@ -104,7 +106,7 @@ def item_reader(
             f"columns, received --items {path}, --vectors {', '.join(vectors) or None}"
         )
     if not path.exists():
-        raise FileNotFoundError(f"no file at {path}")
+        raise FileNotFoundError(f"--items: no file at {path}; check the path")
 
     def read(item_ids: IdMap) -> ItemTable:
         from everlong.data.items import read_items

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they stand for."""
+"""Options that several commands share, and functions for their values."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ if TYPE_CHECKING:
 
 
 class Ties(StrEnum):
-    """The order of events of one user at one time."""
+    """The order of a user's events with equal timestamps."""
 
     STABLE = "stable"
     RANDOM = "random"
 
 
 Log = Annotated[
-    list[Path], typer.Argument(help="The log: .csv, .tsv or .parquet files, or an index folder.")
+    list[Path], typer.Argument(help="The log: .csv, .tsv or .parquet files, or an event cache.")
 ]
 ModelDir = Annotated[Path, typer.Argument(help="A model folder, as fit writes it.")]
 UserColumn = Annotated[str, typer.Option("--user-id", help="Column of user ids.")]
 ItemColumn = Annotated[str, typer.Option("--item-id", help="Column of item ids.")]
 TimeColumn = Annotated[
-    str, typer.Option("--timestamp", help="Column of times; '' if the rows are in order already.")
+    str, typer.Option("--timestamp", help="Column of timestamps; '' if rows are in order already.")
 ]
-TieRule = Annotated[Ties, typer.Option("--ties", help="Order of events of one user at one time.")]
+TieRule = Annotated[
+    Ties, typer.Option("--ties", help="Order of a user's events with equal timestamps.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 Allow = Annotated[
     list[str] | None,
-    typer.Option(
-        help="A model of your own that the folder may be of, package.module:Class; may be repeated."
-    ),
+    typer.Option(help="A custom model that may be loaded, package.module:Class; may be repeated."),
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Device = Annotated[str, typer.Option(help="The device of the model: cpu, cuda, cuda:1, ...")]
 
 
 def pairs(option: str, texts: Sequence[str] | None) -> dict[str, str | None]:
-    """Settings from ``name=value`` texts; the value ``none`` is None.
+    """Parses ``name=value`` options; the value ``none`` is None.
 
     Raises:
-        ValueError: if a text is not of that form, or a name comes twice.
+        ValueError: if a text has another form, or a name is repeated.
     """
     settings: dict[str, str | None] = {}
     for text in texts or []:
-        name, equals, value = (piece.strip() for piece in text.partition("="))
+        name, equals, value = (part.strip() for part in text.partition("="))
         if not name or not equals:
-            raise ValueError(f"{option} takes name=value, received {text!r}")
+            raise ValueError(f"{option}: expected name=value, received {text!r}")
         if name in settings:
-            raise ValueError(f"{option} {name} was given twice; give it once")
+            raise ValueError(f"{option} {name}: expected one value, received two; give it once")
         settings[name] = None if value == "none" else value
     return settings
 
 
 def write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Writes a result as JSON, whole or not at all."""
+    """Writes a result as JSON, atomically."""
     from everlong.system.atomic import write_bytes
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def load_model(folder: Path, device: str, allow: Sequence[str] | None) -> Recomm
 
 
 def own_models(names: Sequence[str] | None) -> Sequence[str]:
-    """Models that the command line names; import paths are also looked for where it runs."""
+    """Import paths of custom models; adds the current folder to the module search path."""
     here = str(Path.cwd())
     if any(":" in name for name in names or ()) and here not in sys.path:
         sys.path.insert(0, here)

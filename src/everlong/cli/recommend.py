@@ -1,4 +1,4 @@
-"""``everlong recommend``."""
+"""The command ``everlong recommend``."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ def recommend(
     user: Annotated[list[str] | None, typer.Option(help="A known user; may be repeated.")] = None,
     history: Annotated[
         list[str] | None,
-        typer.Option(help="Item ids of anybody, oldest first: 'a,b,c'; may be repeated."),
+        typer.Option(help="A history as item ids, oldest first: 'a,b,c'; may be repeated."),
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="Items for each user.")] = 10,
+    k: Annotated[int, typer.Option("-k", help="Number of items for each user.")] = 10,
     keep_seen: Annotated[
         bool | None,
         typer.Option(
-            "--keep-seen/--hide-seen", help="Whether seen items may come; as in training."
+            "--keep-seen/--hide-seen", help="Whether to list seen items; by default as in training."
         ),
     ] = None,
     device: Device = "cpu",
     allow: Allow = None,
     to: Json = None,
 ) -> None:
-    """Prints the best items for known users, or for histories given here."""
+    """Prints recommendations for known users, or for given histories."""
     if bool(user) == bool(history):
-        raise ValueError("expected either --user or --history, at least one of one kind")
+        received = "both" if user else "neither"
+        raise ValueError(f"expected either --user or --history, received {received}")
     recommender = load_model(model, device, allow)
     filter_seen = None if keep_seen is None else not keep_seen
     if user:

@@ -1,4 +1,4 @@
-"""``everlong serve``."""
+"""The command ``everlong serve``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def serve(
     ] = True,
     allow: Allow = None,
 ) -> None:
-    """Takes events and answers requests over HTTP until it is stopped."""
+    """Runs the HTTP server, which ingests events and answers requests, until it is stopped."""
     from everlong.models.registry import load_model_class
     from everlong.server.http.run import run_service
 

@@ -1,4 +1,4 @@
-"""``everlong verify``."""
+"""The command ``everlong verify``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Annotated
 import typer
 
 DAMAGED = 3
-"""Exit code of a log that is not what was written."""
+"""The exit code for a damaged event log."""
 
 
 def verify_log(
-    data_dir: Annotated[Path, typer.Argument(help="A data folder of the service, in use or not.")],
+    data_dir: Annotated[
+        Path, typer.Argument(help="A data folder of a server, running or stopped.")
+    ],
 ) -> None:
-    """Reads every event that a service keeps and checks that it is what was written."""
+    """Reads the event log of a server and verifies the checksum of each event."""
     from everlong.server.store.log import DamagedError
     from everlong.server.store.sqlite_log import SqliteReader
 

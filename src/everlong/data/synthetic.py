@@ -1,4 +1,4 @@
-"""Synthetic logs with known answers: the best score that any model can reach is given beside."""
+"""Synthetic logs whose best possible scores are known."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ DAY_S = 86_400
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticLog:
-    """A log and what can be known about it.
+    """A synthetic log with the scores of an oracle.
 
     Attributes:
-        frame: ``user_id, item_id, timestamp`` (Unix seconds, rising within a user) and more
-            columns where the log has them; sorted by timestamp, then user.
-        best: expected score of an oracle that knows the generator, for every user's last event
-            given all the events before it.
-        best_without_cue: the same for an oracle that cannot see the cue, where there is one.
-        description: one paragraph in plain words.
+        frame: ``user_id, item_id, timestamp`` (Unix seconds, increasing within a user) and further
+            columns of some logs; sorted by timestamp, then user.
+        best: expected scores of an oracle that knows the generator, for the last event of each user
+            given all events before it.
+        best_without_cue: the same for an oracle without access to the cue, for logs with one.
+        description: a description of the log for users.
     """
 
     frame: pl.DataFrame
@@ -35,17 +35,17 @@ class SyntheticLog:
 
 
 def best_scores(probabilities: FloatArray) -> dict[str, float]:
-    """The expected scores of the best possible ranking, mean over rows.
+    """The expected scores of the best possible ranking, averaged over rows.
 
     Args:
-        probabilities: ``[Q, I]``, the true chance of every item, of one event a row. The best
-            ranking is by falling chance: every metric here falls with the rank.
+        probabilities: ``[Q, I]``, the true probability of each item, one event per row. The best
+            ranking is by decreasing probability, because all metrics decrease with the rank.
     """
     top = -np.sort(-probabilities, axis=1)[:, :10]
     rank = np.arange(1, top.shape[1] + 1)
     return {
         "HitRate@1": float(top[:, 0].mean()),
-        # a sum of chances may round to just above or below 1
+        # rounding can move a sum of probabilities to just above or below 1
         "HitRate@10": float(np.round(top.sum(axis=1), 12).mean()),
         "NDCG@10": float((top / np.log2(rank + 1)).sum(axis=1).mean()),
         "MRR@10": float((top / rank).sum(axis=1).mean()),
@@ -53,7 +53,7 @@ def best_scores(probabilities: FloatArray) -> dict[str, float]:
 
 
 def markov_transitions(num_items: int, *, num_next: int = 5, seed: int = 0) -> FloatArray:
-    """``[I, I]`` chances of the next item after each item, ``num_next`` of them above zero."""
+    """Transition probabilities ``[I, I]`` between items, ``num_next`` non-zero in each row."""
     if not 1 <= num_next <= num_items:
         raise ValueError(
             f"expected num_next between 1 and num_items={num_items}, received {num_next}"
@@ -69,13 +69,13 @@ def markov_transitions(num_items: int, *, num_next: int = 5, seed: int = 0) -> F
 def markov_chain(
     num_users: int, num_items: int, length: int, *, num_next: int = 5, seed: int = 0
 ) -> SyntheticLog:
-    """A log in which each item depends on the one before it alone.
+    """Generates a log in which each item depends only on the item before it.
 
     The transition matrix is ``markov_transitions(num_items, num_next=num_next, seed=seed)``; item
-    ids are its rows. Items come again and again, so evaluate with ``seen="keep"``.
+    ids are its rows. Items repeat, so evaluate with ``seen="keep"``.
 
     Raises:
-        ValueError: if a size is not possible.
+        ValueError: if a size is invalid.
     """
     _check_least("num_users", num_users, 1)
     _check_least("length", length, 2)
@@ -90,8 +90,8 @@ def markov_chain(
         frame=_frame(random, lengths, {"item_id": items.ravel()}),
         best=best_scores(matrix[items[:, -2]]),
         description=(
-            f"{num_users} users, {length} events each; after each of the {num_items} items one of "
-            f"{num_next} others follows, by chances that depend on that item alone."
+            f"{num_users} users with {length} events each; one of {num_next} items follows each of "
+            f"the {num_items} items, with probabilities that depend only on that item."
         ),
     )
 
@@ -105,19 +105,19 @@ def long_dependency(
     episodes: int = 2,
     seed: int = 0,
 ) -> SyntheticLog:
-    """A log whose answers depend on an event exactly ``distance`` events back and on no other.
+    """Generates a log whose answers depend only on an event exactly ``distance`` events before.
 
-    A history is ``episodes`` times: two cues, one of ``num_cues`` of each of two kinds, random
-    fillers, an ``ask`` item, and the two answers, each given by its cue and exactly
-    ``distance`` events after it. There are two, so that leaving the last two events out leaves
-    out two answers: one for validation, one for test. No user meets a cue twice, so the scores
-    hold whether seen items are masked or not. User ``u`` has the distance ``u % len(distances)``.
+    A history consists of ``episodes`` episodes: two cues, one of ``num_cues`` for each of two
+    kinds, random fillers, an ``ask`` item, and two answers, each determined by its cue and exactly
+    ``distance`` events after it. There are two answers, so that the last two events of a history
+    are answers: one for validation, one for test. No user has a cue twice, so the best scores hold
+    with and without masking of seen items. User ``u`` has the distance at ``u % len(distances)``.
 
-    More columns: ``is_answer`` (0 or 1) and ``distance`` (0 for other events). Item ids say
-    nothing about the role of an item.
+    Further columns: ``is_answer`` (0 or 1) and ``distance`` (0 for other events). Item ids do not
+    reveal the role of an item.
 
     Raises:
-        ValueError: if a size is not possible.
+        ValueError: if a size is invalid.
     """
     _check_least("num_users", num_users, 1)
     _check_least("num_fillers", num_fillers, 1)
@@ -128,7 +128,7 @@ def long_dependency(
     distance = np.resize(np.asarray(distances, dtype=np.int64), num_users)
     lengths = (distance + 2) * episodes
     first = np.cumsum(lengths) - lengths
-    # [num_users, episodes] where each episode begins
+    # [num_users, episodes] the first position of each episode
     begin = first[:, None] + np.arange(episodes) * (distance + 2)[:, None]
     answer = begin + distance[:, None]
 
@@ -143,7 +143,7 @@ def long_dependency(
     is_answer = np.zeros(len(rows), dtype=np.int8)
     is_answer[answer] = is_answer[answer + 1] = 1
 
-    # without the cue, only the answers that the user already had can be ruled out
+    # an oracle without the cue can only exclude the user's earlier answers
     open_answers = num_cues - episodes + 1
     return SyntheticLog(
         frame=_frame(
@@ -158,8 +158,9 @@ def long_dependency(
         best=best_scores(np.ones((1, 1))),
         best_without_cue=best_scores(np.full((1, open_answers), 1 / open_answers)),
         description=(
-            f"{num_users} users; after an 'ask' come two items, each decided by a cue exactly "
-            f"{', '.join(map(str, sorted(set(distances))))} events before it; random items between."
+            f"{num_users} users; two items follow each 'ask' item, each determined by a cue "
+            f"exactly {', '.join(map(str, sorted(set(distances))))} events before it, with random "
+            "items between."
         ),
     )
 
@@ -174,19 +175,19 @@ def demo_log(
     num_titles: int = 6,
     answer_share: float = 0.7,
 ) -> SyntheticLog:
-    """A mixed log: popular items, habits from one event to the next, and long memories.
+    """Generates a log with popular items, dependencies on the last item, and long dependencies.
 
-    Each user follows one of ``num_titles`` of each of four kinds. Every ``cycle`` events there
-    is an evening: the item ``evening``, then nearly always the next part of each of the four,
-    ``cycle`` events after the part before. Between are everyday items, popular ones more often,
-    or ones that tend to follow the one before. Nobody takes an item but ``evening`` twice, so
-    the scores hold whether seen items are masked or not. For ``answer_share`` of the users the
-    last two events are such parts, for the others two everyday items. More columns:
-    ``is_answer`` (1 for the parts of all evenings but the first). ``best_without_cue`` is of an
-    oracle that knows all but which titles a user follows.
+    Each user follows one of ``num_titles`` titles for each of four kinds. Every ``cycle`` events
+    the item ``evening`` occurs, followed with high probability by the next part of each of the four
+    titles, ``cycle`` events after the part before. The events between are everyday items, drawn by
+    popularity or by the item before. No item except ``evening`` repeats for a user, so the best
+    scores hold with and without masking of seen items. For a share ``answer_share`` of the users
+    the last two events are parts of titles, for the others everyday items. Further column:
+    ``is_answer`` (1 for the parts of all evenings except the first). ``best_without_cue`` is for an
+    oracle that knows everything except the titles of users.
 
     Raises:
-        ValueError: if a size is not possible.
+        ValueError: if a size is invalid.
     """
     _check_least("num_users", num_users, 1)
     _check_least("cycle", cycle, 2 * len(KINDS))
@@ -200,11 +201,11 @@ def demo_log(
         random, num_users, num_items, cycle=cycle, longest=longest, num_titles=num_titles
     )
     lengths = random.integers(mean_length - mean_length // 4, longest + 1, size=num_users)
-    # the place of each last event in the cycle: its end, or between two evenings
+    # the position of each last event in the cycle: its end, or between two evenings
     everyday_slot = random.integers(1, readers.evening_slot, size=num_users)
     last_slot = np.where(random.random(num_users) < answer_share, cycle - 1, everyday_slot)
 
-    # histories end together and begin when their length says so
+    # all histories end at the same step; shorter ones begin later
     rows = np.zeros((num_users, longest), dtype=np.int64)
     is_answer = np.zeros((num_users, longest), dtype=np.int8)
     for events_left in range(longest - 1, -1, -1):
@@ -234,8 +235,8 @@ def demo_log(
 
 
 KINDS = ("novel", "comic", "album", "show")
-FOLLOW = 0.9  # chance that a reader takes the next part and not an everyday item
-HABIT = 0.7  # share of the everyday choices that depend on the one before
+FOLLOW = 0.9  # probability that the next event is the next part and not an everyday item
+HABIT = 0.7  # share of the everyday events that depend on the item before
 HABIT_CHANCES = (0.5, 0.25, 0.15, 0.1)
 
 
@@ -248,21 +249,21 @@ def exposures(
     shown: int = 5,
     seed: int = 0,
 ) -> SyntheticLog:
-    """Items shown in sessions, with what became of each: for rankers.
+    """Generates a log of exposures with outcomes, for rankers.
 
-    Every item is of one group, and every user likes three groups. What is shown is drawn at random;
-    the outcome is 1 with chance 0.85 for a liked group and 0.15 for another, so that past outcomes
-    tell which groups a user likes, and nothing else tells anything.
+    Each item belongs to one group, and each user likes three groups. Exposures are drawn uniformly;
+    the outcome is 1 with probability 0.85 for a liked group and 0.15 for another. So only past
+    outcomes are informative about the preferences of a user.
 
     Args:
-        num_users, num_items, num_groups: how many; item ``i`` is of group ``i % num_groups``.
-        sessions: of each user, a day or so apart.
-        shown: items of a session.
-        seed: of everything.
+        num_users, num_items, num_groups: sizes; item ``i`` belongs to group ``i % num_groups``.
+        sessions: sessions of each user, about a day apart.
+        shown: exposures of a session.
+        seed: the random seed.
 
     Returns:
-        A log with the columns ``label`` (float) and ``outcome`` (the same as a code). ``best``
-        holds the ``AUC`` of an oracle that knows the groups that each user likes.
+        A log with the columns ``label`` (float) and ``outcome`` (the same as an integer). ``best``
+        has the ``AUC`` of an oracle that knows the liked groups of each user.
 
     Raises:
         ValueError: if a number is below 1, or there are fewer than four groups.
@@ -288,7 +289,7 @@ def exposures(
             "outcome": outcome.flatten().astype(np.int64),
         }
     ).sort("timestamp", "user_id", maintain_order=True)
-    # of a pair of a 1 and a 0: both of one kind is a tie
+    # the oracle ranks a pair of outcomes 1 and 0 by liking; equal liking is a tie
     share = liked.mean()
     ones, zeros = share * 0.85, share * 0.15
     one, zero = ones / (ones + (1 - share) * 0.15), zeros / (zeros + (1 - share) * 0.85)
@@ -297,14 +298,14 @@ def exposures(
         frame=frame,
         best={"AUC": float(best)},
         description=(
-            f"{num_users} users, each shown {shown} items in each of {sessions} sessions; they "
-            f"like three of {num_groups} groups, which only past outcomes tell"
+            f"{num_users} users with {shown} exposures in each of {sessions} sessions; they like "
+            f"three of {num_groups} groups, which only past outcomes reveal"
         ),
     )
 
 
 class _Readers:
-    """The users of the demo log while it is written: what each will do next, exactly.
+    """The users of the demo log during generation, with the exact distribution of the next event.
 
     Item rows: the parts of all titles, kind by kind, the evening, the everyday items.
     """
@@ -324,18 +325,18 @@ class _Readers:
         self.num_parts = (longest - 1 - len(KINDS)) // cycle + 1
         self.evening = len(KINDS) * num_titles * self.num_parts
         num_everyday = num_items - self.evening - 1
-        # twice as many as anybody can take, so that the habits still have a choice at the end
+        # twice the longest history, so that everyday items remain at the end of every history
         _check_least("num_items", num_items, self.evening + 1 + 2 * longest)
         self.weights = _everyday_weights(random, num_everyday)
         self.seen = np.zeros((num_users, num_everyday), dtype=np.bool_)
         self.previous = np.full(num_users, num_everyday)
         self.evenings = np.zeros(num_users, dtype=np.int64)
         self.part = np.zeros((num_users, len(KINDS)), dtype=np.int64)
-        # [num_users, kinds, titles] chance of each title: open before the first evening, then known
+        # [num_users, kinds, titles] probability of each title: uniform until the first evening
         self.titles = np.full((num_users, len(KINDS), num_titles), 1 / num_titles)
 
     def names(self) -> list[str]:
-        """``[I]`` the id of each item row."""
+        """The id of each item row, ``[I]``."""
         parts = [
             f"{kind}-{title + 1:02d}-part-{part + 1}"
             for kind in KINDS
@@ -345,11 +346,11 @@ class _Readers:
         return [*parts, "evening", *(f"item-{n:03d}" for n in range(self.seen.shape[1]))]
 
     def answers(self, slot: IntArray) -> NDArray[np.bool_]:
-        """``[num_users]`` whether what comes at these slots depends on an evening before."""
+        """Whether the events at these slots depend on an earlier evening, ``[num_users]``."""
         return (slot > self.evening_slot) & (self.evenings >= 2)
 
     def chances(self, slot: IntArray, titles: FloatArray) -> FloatArray:
-        """``[num_users, I]`` chances of each user's next item; the evening ends the cycle."""
+        """Probabilities of each user's next item, ``[num_users, I]``."""
         everyday = self.weights[self.previous] * ~self.seen
         everyday /= everyday.sum(axis=1, keepdims=True)
         chances = np.zeros((len(slot), self.evening + 1 + everyday.shape[1]))
@@ -358,7 +359,7 @@ class _Readers:
         chances[asked] = 0
         chances[asked, self.evening] = 1
         for kind in range(len(KINDS)):
-            # a history may begin within an evening: without its beginning, nothing is read
+            # a history may begin after the evening of its cycle; then no parts follow
             due = np.flatnonzero((slot == self.evening_slot + 1 + kind) & (self.evenings > 0))
             follow = np.where(self.evenings[due] == 1, 1.0, FOLLOW)[:, None]
             chances[due] *= 1 - follow
@@ -368,7 +369,7 @@ class _Readers:
         return chances
 
     def take(self, users: IntArray, rows: IntArray) -> None:
-        """Lets ``users [M]`` take their items of ``rows [num_users]``."""
+        """Updates ``users [M]`` with their items of ``rows [num_users]``."""
         rows = rows[users]
         self.evenings[users[rows == self.evening]] += 1
         everyday = rows > self.evening
@@ -382,7 +383,7 @@ class _Readers:
 
 
 def _everyday_weights(random: np.random.Generator, num_items: int) -> FloatArray:
-    """``[I + 1, I]`` weights after each everyday item; the last row is for no item before."""
+    """Weights after each everyday item, ``[I + 1, I]``; the last row is for the first event."""
     popularity = random.permutation(1 / (np.arange(num_items) + 5.0))
     popularity /= popularity.sum()
     weights = np.tile((1 - HABIT) * popularity, (num_items + 1, 1))
@@ -393,9 +394,9 @@ def _everyday_weights(random: np.random.Generator, num_items: int) -> FloatArray
 
 
 def _draw(random: np.random.Generator, chances: FloatArray) -> IntArray:
-    """``[Q]`` one item drawn from each row of ``chances [Q, I]``."""
+    """Draws an item from each row of ``chances [Q, I]``."""
     reached = np.cumsum(chances, axis=1)
-    # scaled by the last sum and kept below it: rounding must not draw an impossible item
+    # scale by the last sum and stay below it, so that rounding cannot draw an impossible item
     total = reached[:, -1]
     threshold = np.minimum(random.random(len(chances)) * total, np.nextafter(total, 0))
     return np.asarray((reached <= threshold[:, None]).sum(axis=1), dtype=np.int64)
@@ -406,9 +407,9 @@ def _frame(
     lengths: IntArray,
     columns: dict[str, NDArray[np.generic] | pl.Series],
 ) -> pl.DataFrame:
-    """A log of users with ``lengths`` events each, as it would be written: in order of time."""
+    """A log of users with ``lengths`` events each, sorted by timestamp."""
     first = np.cumsum(lengths) - lengths
-    # at least a second apart, a quarter of a day on average
+    # gaps of at least a second, a quarter of a day on average
     gaps = 1 + random.exponential(DAY_S / 4, size=lengths.sum()).astype(np.int64)
     gaps[first] = FIRST_DAY + random.integers(365 * DAY_S, size=len(lengths))
     elapsed = np.cumsum(gaps)

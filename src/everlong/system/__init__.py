@@ -1,1 +1,1 @@
-"""What knows nothing of recommendation: files, settings, progress, provenance, Ctrl-C."""
+"""Infrastructure without recommendation logic: files, settings, progress, provenance, signals."""

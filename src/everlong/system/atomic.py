@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STALE_SECONDS = 3_600.0
-"""Temporary files and folders of that age belong to a process that was killed."""
+"""Age in seconds from which temporary files and folders are leftovers of a killed process."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that a crash leaves the old one or the new one, never a part.
+    """Writes a file atomically and durably: after a crash it has the old or the new content.
 
     Raises:
-        OSError: if it cannot be written; the old file, if any, is untouched.
+        OSError: if it cannot be written; an existing file is unchanged.
     """
     remove_stale(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -29,7 +29,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only the owner reads
+        # mkstemp creates files with mode 0600
         Path(name).chmod(0o666 & ~_umask())
         Path(name).replace(path)
     except BaseException:
@@ -40,11 +40,11 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes the place of ``path`` when the block succeeds.
+    """Yields a temporary folder that atomically replaces ``path`` when the block succeeds.
 
-    A folder that was there is replaced whole; if the block fails it stays as it was. On Linux the
-    two change places in one step; elsewhere a crash between two renames can leave the old folder
-    beside, under a name that ends in ``.old``.
+    If the block fails, an existing folder is unchanged. On Linux the two folders are exchanged by
+    one system call; elsewhere a crash between two renames can leave the old folder beside ``path``,
+    under a name that ends in ``.old``.
 
     Raises:
         OSError: if it cannot be written.
@@ -53,7 +53,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path = path.absolute()
     if path.exists() and not path.is_dir():
         raise ValueError(
-            f"expected a folder or a free name at {path}, found a file; choose another"
+            f"{path}: expected a folder or a new name, received a file; choose another path"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path)
@@ -67,12 +67,12 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
-    # by now this is what was there before, if anything was
+    # after the exchange, the temporary name is the old folder
     shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_stale(path: Path) -> None:
-    """Removes what killed processes left beside ``path`` while they wrote it."""
+    """Removes temporary files of killed processes that were writing ``path``."""
     if not path.parent.is_dir():
         return
     for entry in path.parent.iterdir():
@@ -86,12 +86,12 @@ def remove_stale(path: Path) -> None:
             else:
                 entry.unlink()
         except OSError:
-            # somebody else was faster, or it is not ours to remove
+            # another process removed it first, or permissions forbid it
             continue
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the names in a folder durable."""
+    """Makes the entries of a folder durable by an fsync."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,7 +110,7 @@ def _sync_all(folder: Path) -> None:
 
 
 def _take_place(new: Path, path: Path) -> None:
-    """Moves ``new`` to ``path``; a folder that is there moves to ``new``."""
+    """Moves ``new`` to ``path``, and an existing folder from ``path`` to ``new``."""
     if not path.exists():
         new.rename(path)
         return
@@ -127,7 +127,7 @@ def _take_place(new: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Whether two names changed places in one step; false where the system cannot do that."""
+    """Exchanges two names atomically; returns False where the system does not support it."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

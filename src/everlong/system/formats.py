@@ -1,8 +1,8 @@
-"""Versions of stored formats: what is older is brought up step by step, what is newer is named.
+"""Versions of stored formats: migration of older versions, errors for newer ones.
 
-Every format counts its versions from 1. Its migrations are a tuple of functions, the one at place
-``n - 1`` from version ``n`` to ``n + 1``; the tuple only ever grows at its end, so the version that
-this package writes is its length plus one.
+Versions of a format count from 1. Its migrations are an append-only tuple of functions; the
+function at index ``n - 1`` migrates from version ``n`` to ``n + 1``. So the version that this
+package writes is the length of the tuple plus one.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ T = TypeVar("T")
 
 
 class NewerFormatError(ValueError):
-    """A file or folder has a later version of its format than this package reads."""
+    """Raised if a file or folder has a later version of its format than this package reads."""
 
 
 def check_version(
     path: Path, kind: str, version: object, current: int, *, written_by: object = None
 ) -> int:
-    """The version of a format, found at a path.
+    """Validates the stored version of a format.
 
     Args:
         path: the file or folder.
-        kind: what it is, such as "a model folder".
-        version: as it was found there.
-        current: the latest that this package reads.
-        written_by: the version of everlong that wrote it, if that is known.
+        kind: its format, for example "a model folder".
+        version: the stored version.
+        current: the latest version that this package reads.
+        written_by: the version of everlong that wrote it, if known.
 
     Raises:
-        NewerFormatError: if the version is later than ``current``; says what to install.
-        ValueError: if it is no version at all.
+        NewerFormatError: if the version is later than ``current``; names the everlong to install.
+        ValueError: if the stored value is not a version.
     """
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ValueError(
@@ -48,7 +48,7 @@ def check_version(
 
 
 def migrate(value: T, version: int, migrations: Sequence[Callable[[T], T]]) -> T:
-    """A value of some version of its format as one of the latest."""
+    """Migrates a value from a version of its format to the latest."""
     for step in migrations[version - 1 :]:
         value = step(value)
     return value

@@ -1,4 +1,4 @@
-"""Ctrl-C at a place of our choosing: between two updates, so that nothing is half done."""
+"""Deferred handling of Ctrl-C: the interrupt takes effect between two updates."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ log = logging.getLogger(__name__)
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error
-    """Work was stopped by Ctrl-C after everything worth keeping was written."""
+    """Raised after Ctrl-C, once a checkpoint has been written."""
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C was pressed since the block began.
+    """Yields a function that returns whether Ctrl-C was pressed since the block began.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, where signals cannot be caught,
-    the function is always false.
+    A second Ctrl-C raises ``KeyboardInterrupt``. Outside the main thread, where signal handlers
+    cannot be set, the function always returns False.
     """
     pressed = False
     if threading.current_thread() is not threading.main_thread():
@@ -39,5 +39,5 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: pressed
     finally:
-        # None: the handler was not set from Python, and cannot be set again from here
+        # None: the previous handler was not set from Python and cannot be restored
         signal.signal(signal.SIGINT, signal.default_int_handler if previous is None else previous)

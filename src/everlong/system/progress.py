@@ -1,4 +1,4 @@
-"""Progress with rate and time left: a bar on a terminal, plain log lines elsewhere."""
+"""Progress reports with rate and remaining time: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rich.progress import Progress as RichProgress
 log = logging.getLogger(__name__)
 
 QUIET_SECONDS = 2.0
-"""Nothing is shown before this many seconds, so that short work stays silent."""
+"""Seconds without a report, so that short tasks stay silent."""
 
 LINE_SECONDS = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two log lines without a terminal."""
 
 
 class Progress:
-    """Reports work of known size, as a context manager.
+    """Reports the progress of a task of known size, as a context manager.
 
     Args:
-        name: what is being done.
+        name: the name of the task.
         total: its size.
-        unit: what the size counts.
+        unit: the unit of the size.
     """
 
     def __init__(self, name: str, total: int, unit: str) -> None:
@@ -49,7 +49,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, amount: int) -> None:
-        """Adds to what is done."""
+        """Adds to the completed amount and reports it when due."""
         self.done += amount
         now = time.monotonic()
         if now - self._began < QUIET_SECONDS:
@@ -61,7 +61,7 @@ class Progress:
             log.info("%s", self.line(now))
 
     def line(self, now: float) -> str:
-        """Amount, rate and time left in one plain line."""
+        """The completed amount, rate and remaining time as a line of text."""
         rate = self.done / max(now - self._began, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
         return (

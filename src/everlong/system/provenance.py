@@ -1,4 +1,4 @@
-"""Where a number comes from: versions and hardware, written into every result."""
+"""Provenance of results: versions and hardware, part of every result record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
+    """The versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in ("everlong", "torch", "numpy", "numba", "polars"):
         try:

@@ -1,4 +1,4 @@
-"""Strict settings: an unknown or ill-typed key is an error that names the nearest valid one."""
+"""Strict settings: an unknown or ill-typed key is an error that suggests the most similar one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Settings(BaseModel):
 
 
 def load_settings(kind: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of ``kind`` (a ``Settings`` class or a dataclass) from plain values.
+    """Creates an instance of ``kind`` (a ``Settings`` class or a dataclass) from plain values.
 
-    Numbers may come as text, as from a command line, and lists as JSON.
+    Numbers may be text, as on a command line, and lists may be JSON.
 
     Raises:
-        ValueError: naming the key, what was expected and what came.
+        ValueError: if a key is unknown or a value invalid; names the key, and what was expected and
+            received.
     """
     names = _names(kind)
     for key in values:
@@ -40,7 +41,7 @@ def load_settings(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def unknown(what: str, received: str, valid: Iterable[str], of: str = "") -> str:
-    """The text of an error about a name that does not exist, with the nearest that does."""
+    """The message of an error about an unknown name; suggests the most similar valid name."""
     valid = sorted(valid)
     near = difflib.get_close_matches(received, valid, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -49,16 +50,16 @@ def unknown(what: str, received: str, valid: Iterable[str], of: str = "") -> str
 
 
 def _problem(details: ErrorDetails) -> str:
-    """One fault of the settings in words."""
+    """Formats one validation error."""
     text = details["msg"].removeprefix("Value error, ")
-    # without a place it is about settings together, and says itself what came
+    # an error without a location concerns several settings, and its message has their values
     if not details["loc"]:
         return text
     return f"{'.'.join(map(str, details['loc']))}: {text}, received {details['input']!r}"
 
 
 def _list(value: Any) -> Any:
-    """The list that a text such as ``[[256, 4]]`` says; anything else as it is."""
+    """Parses text such as ``[[256, 4]]`` as a list; returns any other value unchanged."""
     if not (isinstance(value, str) and value.startswith("[")):
         return value
     try:

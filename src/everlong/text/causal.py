@@ -1,8 +1,8 @@
-"""A causal language model as item encoder: HLLM's, arXiv 2409.12740.
+"""A causal language model as a text encoder, as in HLLM, arXiv 2409.12740.
 
-A learned token stands behind the text of an item; the vector of the item is the hidden state there,
-after the last norm. Texts are packed, several a row: a mask keeps each to itself and positions
-begin anew, so that the vector of an item does not depend on the others of its row.
+A learned token follows the text of an item; its hidden state after the final norm is the vector of
+the item. Several texts are packed into a row. An attention mask and separate positions isolate
+them, so that the vector of an item does not depend on the other texts of its row.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from everlong.text.source import (
 )
 
 PROMPT = "Compress the following sentence into embedding: "
-"""What stands before each text, as published."""
+"""The prompt before each text, as published."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 CALL_TOKENS = 4_096
-"""Tokens of rows that go through the model at once."""
+"""Tokens of a forward pass."""
 
 CHUNK = 1_024
-"""Texts that are read between two reports of progress."""
+"""Texts that are encoded between two progress reports."""
 
 FORMAT = 1
 SETTINGS, LEARNED, MODEL = "encoder.json", "learned.safetensors", "model"
 
-# names in a configuration that say nothing about vectors, and differ between a model and its copy
+# keys of a configuration that do not affect vectors and differ between a model and its copy
 NOT_SETTINGS = {
     "_name_or_path",
     "architectures",
@@ -61,12 +61,12 @@ NOT_SETTINGS = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenizedTexts:
-    """Tokens of ``n`` texts, one text after the other.
+    """The token ids of ``n`` texts, concatenated.
 
     Attributes:
-        ids: ``[M]`` int32; the last of each text is a place for the learned token.
+        ids: ``[M]`` int32; the last of each text is a placeholder for the learned token.
         offsets: ``[n + 1]`` int64.
-        cut: ``[n]`` bool, whether the text had more tokens than are read.
+        cut: ``[n]`` bool, whether the text was truncated.
     """
 
     ids: Tensor
@@ -75,11 +75,11 @@ class TokenizedTexts:
 
     @property
     def num_cut(self) -> int:
-        """Texts with more tokens than are read."""
+        """The number of truncated texts."""
         return int(self.cut.sum())
 
     def select(self, rows: Tensor) -> TokenizedTexts:
-        """Those of the texts at ``rows [m]``, in that order."""
+        """The texts at ``rows [m]``, in that order."""
         lengths = self.offsets.diff()[rows]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         where = _spans(self.offsets[rows], lengths)
@@ -87,10 +87,11 @@ class TokenizedTexts:
 
 
 class PackedTexts(NamedTuple):
-    """Some texts laid into rows of one length, ``R`` rows of ``T`` tokens.
+    """Texts packed into ``R`` rows of ``T`` tokens.
 
-    ``ids``, ``positions`` and ``segments`` are ``[R, T]``; segments number the texts, -1 where
-    there is none. ``texts [m]`` says which they are, ``last [m]`` where in ``R * T`` each ends.
+    ``ids``, ``positions`` and ``segments`` are ``[R, T]``; a segment is the number of a text, -1
+    for padding. ``texts [m]`` are the packed texts, ``last [m]`` their last tokens as indices into
+    ``R * T``.
     """
 
     ids: Tensor
@@ -101,22 +102,23 @@ class PackedTexts(NamedTuple):
 
 
 class CausalEncoder(nn.Module):
-    """Item vectors from any causal language model.
+    """A text encoder from any causal language model.
 
     Args:
-        name: a folder, or a name of the Hugging Face hub; safetensors alone, never code.
-        prompt: what stands before each text.
-        max_tokens: tokens of a text that are read, prompt and learned token not counted.
-        dtype: "float32" or "bfloat16", of the model; the learned token is float32 with either
-            ("float64" is for tests).
-        row_tokens: tokens that texts share a row up to; a longer text has a longer row. Changes
-            speed, not vectors.
-        seed: of the learned token, and of adapters.
+        name: a folder, or a name on the Hugging Face hub. Only safetensors are read; no code of the
+            model is executed.
+        prompt: the prompt before each text.
+        max_tokens: maximum number of tokens of a text, without prompt and learned token.
+        dtype: "float32" or "bfloat16", the type of the model; the learned token is float32 with
+            either ("float64" is for tests).
+        row_tokens: length of a row of packed texts; a longer text has a row of its own length.
+            Affects speed, not vectors.
+        seed: the seed of the learned token and of adapters.
 
     Raises:
         ImportError: without the extra ``text``.
-        ValueError: if the model cannot be loaded, is not causal, has no room for ``max_tokens``, or
-            does not keep texts of a row apart.
+        ValueError: if the model cannot be loaded, is not causal, has fewer positions than
+            ``max_tokens`` needs, or does not isolate the texts of a row.
     """
 
     weight_decay: ClassVar[Mapping[str, bool]] = {"item": True}
@@ -144,7 +146,7 @@ class CausalEncoder(nn.Module):
         self.seed = seed
         self._adapters: dict[str, Any] | None = None
         self.trained_from: str | None = None
-        """Its digest before it was trained with a model."""
+        """The digest of the encoder before joint training."""
         self.tokenizer, self.model = _load(folder, name, DTYPES[dtype])
         self._begin = self._leading()
         self._prompt_tokens = len(self._token_ids([prompt.rstrip()])[0]) if prompt else 0
@@ -158,7 +160,7 @@ class CausalEncoder(nn.Module):
     # ------------------------------------------------------------------ texts to vectors
 
     def tokenize(self, texts: Sequence[str]) -> TokenizedTexts:
-        """The tokens of texts behind the prompt, each with a place for the learned token."""
+        """Tokenizes texts, each with the prompt and a placeholder for the learned token."""
         longest = self._prompt_tokens + self.max_tokens
         found = self._token_ids([self.prompt + text for text in texts]) if len(texts) else []
         cut = torch.tensor([len(ids) > longest for ids in found], dtype=torch.bool)
@@ -168,7 +170,7 @@ class CausalEncoder(nn.Module):
         return TokenizedTexts(ids=torch.from_numpy(flat), offsets=lengths.cumsum(0), cut=cut)
 
     def forward(self, tokens: TokenizedTexts) -> Tensor:
-        """Vectors ``[n, V]`` of ``n`` texts, in the type of the model, with gradients."""
+        """Encodes ``n`` texts to vectors ``[n, V]`` in the type of the model, with gradients."""
         found, order = [], []
         for rows in self._rows(tokens):
             embedded = self.model.get_input_embeddings()(rows.ids.to(self.item.device))
@@ -184,7 +186,7 @@ class CausalEncoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], *, progress: Progress | None = None) -> Encoded:
-        """The vectors of ``n`` texts, ``[n, V]`` float32, without dropout and gradients."""
+        """Encodes ``n`` texts to vectors ``[n, V]`` float32, without dropout and gradients."""
         if progress is None:
             with Progress("encode", len(texts), "texts") as own:
                 return self.encode(texts, progress=own)
@@ -203,16 +205,16 @@ class CausalEncoder(nn.Module):
             self.train(training)
         return Encoded(vectors=vectors, cut=cut)
 
-    # ------------------------------------------------------------------ what it is
+    # ------------------------------------------------------------------ description
 
     @property
     def dtype(self) -> str:
-        """The type of the model's weights."""
+        """The data type of the model's weights."""
         return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def digest(self) -> str:
-        """Sha256 (hex) of the weights as they are now, the tokenizer, and all that counts."""
+        """Sha256 (hex) of weights, tokenizer, and all settings that affect vectors."""
         config = self.model.config.to_dict()
         about = {
             "prompt": self.prompt,
@@ -226,7 +228,7 @@ class CausalEncoder(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments that the encoder was made with, besides the name."""
+        """The arguments of the constructor, without the name."""
         return {
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
@@ -236,11 +238,11 @@ class CausalEncoder(nn.Module):
         }
 
     def describe(self) -> dict[str, Any]:
-        """What ``load_encoder`` needs; save an encoder that was trained first."""
+        """A description for ``load_encoder``, as JSON values; save a trained encoder first."""
         about = {"kind": "causal", "name": self.name, "settings": self.settings}
         return {**about, "width": self.width, "digest": self.digest}
 
-    # ------------------------------------------------------------------ what is learned of it
+    # ------------------------------------------------------------------ adapters and storage
 
     def add_adapters(
         self,
@@ -250,19 +252,19 @@ class CausalEncoder(nn.Module):
         dropout: float = 0.0,
         targets: Sequence[str] | None = None,
     ) -> None:
-        """Adds low-rank adapters; they and the learned token alone are trained from then on.
+        """Adds low-rank adapters; from then on, training changes only them and the learned token.
 
-        Vectors are as before until the adapters have learned.
+        Untrained adapters do not change vectors.
 
         Args:
             rank, alpha: an adapter adds ``alpha / rank`` times a product of that rank.
-            dropout: on what adapters read.
-            targets: names of linear layers, such as "q_proj"; default those that peft names for
-                the family of the model.
+            dropout: dropout on the inputs of adapters.
+            targets: names of linear layers, such as "q_proj"; by default those of peft for the
+                family of the model.
 
         Raises:
             ImportError: without the extra ``text``.
-            ValueError: if there are adapters already, or no such layers.
+            ValueError: if the encoder has adapters, or the layers do not exist.
         """
         if self._adapters is not None:
             raise ValueError("the encoder has adapters already: expected one call of add_adapters")
@@ -275,10 +277,10 @@ class CausalEncoder(nn.Module):
             }
         )
         try:
-            # adapters begin at random; the rest of the program keeps its numbers
+            # adapters have random initial weights; restore the global random state afterwards
             place = [self.item.device] if self.item.is_cuda else []
             with torch.random.fork_rng(devices=place), warnings.catch_warnings():
-                # of layers kept transposed, such as GPT-2's; peft then does what is right
+                # a warning about transposed layers, such as GPT-2's, which peft handles
                 warnings.filterwarnings("ignore", message="fan_in_fan_out")
                 torch.manual_seed(self.seed)
                 config = peft.LoraConfig(
@@ -303,9 +305,9 @@ class CausalEncoder(nn.Module):
             parameter.requires_grad_("lora_" in key)
 
     def save(self, folder: str | Path) -> None:
-        """Writes model, tokenizer, learned token and adapters; the whole folder or nothing.
+        """Writes model, tokenizer, learned token and adapters to a folder, atomically.
 
-        The encoder's name is that folder afterwards. A folder that was there is replaced.
+        An existing folder is replaced. Afterwards ``name`` is the folder.
 
         Raises:
             OSError: if it cannot be written.
@@ -331,11 +333,11 @@ class CausalEncoder(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> CausalEncoder:
-        """The encoder that ``save`` wrote, with the same vectors.
+        """Loads the encoder that ``save`` wrote, with the same vectors.
 
         Raises:
             ImportError: without the extra ``text``.
-            ValueError: if the folder is not a whole encoder.
+            ValueError: if the folder is not a complete encoder.
         """
         folder = Path(folder).absolute()
         about = read_json(folder / SETTINGS)
@@ -354,7 +356,7 @@ class CausalEncoder(nn.Module):
             if expected != set(learned):
                 raise ValueError(f"expected {len(expected)} adapters, received {len(learned)}")
             encoder.model.load_state_dict(learned, strict=False)
-        # safetensors raises its own exception, which derives from Exception alone
+        # the exception class of safetensors derives from Exception only
         except Exception as error:
             raise ValueError(
                 f"{folder / LEARNED} does not fit the model: {error}; save the encoder again"
@@ -362,21 +364,21 @@ class CausalEncoder(nn.Module):
         encoder.name = str(folder)
         if encoder.digest != about["digest"]:
             raise ValueError(
-                f"{folder} is not as it was written: expected digest {about['digest'][:12]}, "
-                f"received {encoder.digest[:12]}; save the encoder again"
+                f"{folder} has changed since it was written: expected digest "
+                f"{about['digest'][:12]}, received {encoder.digest[:12]}; save the encoder again"
             )
         return encoder
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ internals
 
     def _read(self, embedded: Tensor, rows: PackedTexts) -> Tensor:
-        """The hidden states ``[m, V]`` at the ends of the texts of ``R`` rows."""
+        """The hidden states ``[m, V]`` of the last tokens of packed texts."""
         device = embedded.device
         segments = rows.segments.to(device)
         length = segments.shape[1]
         own = segments[:, :, None] == segments[:, None, :]
         seen = own & own.new_ones(length, length).tril()
-        # finite in every type that a mask may be cast to, and far below any score
+        # finite in every type that a mask may be cast to, and far below every score
         hidden = torch.finfo(torch.bfloat16).min
         mask = torch.zeros(seen.shape, dtype=embedded.dtype, device=device)
         mask.masked_fill_(~seen, hidden)
@@ -390,7 +392,7 @@ class CausalEncoder(nn.Module):
         return states.flatten(0, 1)[rows.last.to(device)]
 
     def _rows(self, tokens: TokenizedTexts) -> Iterator[PackedTexts]:
-        """Lays texts into rows, the longest first, and rows into calls."""
+        """Packs texts into rows, the longest first, and rows into forward passes."""
         lengths = tokens.offsets.diff()
         if lengths.numel() == 0:
             return
@@ -406,7 +408,7 @@ class CausalEncoder(nn.Module):
 
     @torch.no_grad()
     def _probe(self) -> int:
-        """The width of vectors, once two texts of a row are seen to be as each alone."""
+        """Checks that packed texts have the same vectors as single ones; returns the width."""
         random = torch.Generator().manual_seed(0)
         lengths = torch.tensor([3, 5])
         size = self.item.numel()
@@ -427,19 +429,19 @@ class CausalEncoder(nn.Module):
                     for part in inputs.split(lengths.tolist())
                 ]
             ).float()
-        # whatever a foreign architecture raises at a mask or at positions that it does not take
+        # third-party architectures raise exceptions of any class for masks or positions
         except Exception as error:
             raise ValueError(
-                f"{self.name}: the layers of {type(self.model).__name__} take no mask and positions"
-                f" for texts that share a row ({error}); choose a causal model with plain attention"
+                f"{self.name}: expected layers that accept a mask and positions, received "
+                f"{type(self.model).__name__} ({error}); choose a causal model with plain attention"
             ) from error
         finally:
             self.model.train(self.training)
         off = (together - alone).norm() / alone.norm().clamp(min=1e-12)
         if not off < (0.05 if self.model.dtype == torch.bfloat16 else 1e-3):
             raise ValueError(
-                f"{self.name}: {type(self.model).__name__} is no causal model that keeps texts of "
-                f"a row apart: expected the vectors of each alone, received some {off:.1g} off; "
+                f"{self.name}: expected a causal model in which a mask isolates texts, received "
+                f"{type(self.model).__name__}, whose vectors of packed texts differ by {off:.1g}; "
                 "choose a causal model with plain attention, or SentenceEncoder"
             )
         return alone.shape[1]
@@ -451,7 +453,7 @@ class CausalEncoder(nn.Module):
         return found
 
     def _leading(self) -> list[int]:
-        """The special tokens that the model expects before a text."""
+        """The special tokens before a text."""
         plain = self._token_ids(["a"])[0]
         whole: list[int] = self.tokenizer("a")["input_ids"]
         place = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
@@ -466,20 +468,22 @@ class CausalEncoder(nn.Module):
                 continue
             if room is not None and used + self.max_tokens > room:
                 raise ValueError(
-                    f"{self.name}: {limit} is {room} tokens, of which prompt and special tokens "
-                    f"take {used}: expected max_tokens <= {room - used}, received {self.max_tokens}"
+                    f"{self.name}: {limit} is {room} tokens; prompt and special tokens take "
+                    f"{used}: expected max_tokens <= {room - used}, received {self.max_tokens}"
                 )
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder is what ``CausalEncoder.save`` wrote."""
+    """Whether ``CausalEncoder.save`` wrote a folder."""
     return (folder / SETTINGS).is_file()
 
 
 def _load(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The tokenizer and the model in a folder, which never runs code of its own."""
+    """Loads tokenizer and model of a folder without executing code from it."""
     if is_saved(folder):
-        raise ValueError(f"{name} is a saved encoder: expected a model; use CausalEncoder.load")
+        raise ValueError(
+            f"{name}: expected a model, received a saved encoder; use CausalEncoder.load"
+        )
     if not isinstance(read_json(folder / "config.json"), dict):
         raise ValueError(f"{folder / 'config.json'}: expected settings of a model by name")
     check_tokenizer(folder, name)
@@ -501,20 +505,20 @@ def _load(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[Any, Any]
                 dtype=dtype,
                 output_loading_info=True,
             )
-    # configurations, files and tokenizers of others fail in ways of their own
+    # third-party configurations, files and tokenizers raise exceptions of any class
     except Exception as error:
         raise load_error(name, error) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise ValueError(
-            f"{name}: {len(missing)} weights are not in the files, for example {missing[0]}: "
-            "expected all of the model; fetch it again"
+            f"{name}: expected all weights of the model, received files without {len(missing)}, "
+            f"for example {missing[0]}; download it again"
         )
     return tokenizer, model
 
 
 def _check_causal(config: Any, name: str | Path) -> None:
-    """Raises ``ValueError`` where a configuration tells that the model is not a decoder."""
+    """Raises ``ValueError`` if a configuration is not that of a decoder."""
     auto = import_extra("transformers.models.auto.modeling_auto")
     causal, masked = (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -526,20 +530,20 @@ def _check_causal(config: Any, name: str | Path) -> None:
     )
     if encodes or kind not in causal:
         raise ValueError(
-            f"{name}: expected a causal language model (a decoder), received {kind!r}; sentence "
-            "encoders are read by SentenceEncoder"
+            f"{name}: expected a causal language model (a decoder), received {kind!r}; load "
+            "sentence encoders with SentenceEncoder"
         )
 
 
 def _tokenizer_text(tokenizer: Any) -> str:
-    """All that decides about the tokens of a text."""
+    """A serialisation of a tokenizer, for the digest."""
     if getattr(tokenizer, "is_fast", False):
         return str(tokenizer.backend_tokenizer.to_str())
     return json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
 
 
 def _assign_rows(lengths: list[int], budget: int) -> tuple[Tensor, Tensor]:
-    """The row of each text and where it starts there, rows filled one after the other."""
+    """The row and the start of each text, for a greedy fill of rows in order."""
     row, used = 0, 0
     rows, starts = [], []
     for length in lengths:
@@ -552,7 +556,7 @@ def _assign_rows(lengths: list[int], budget: int) -> tuple[Tensor, Tensor]:
 
 
 def _pack(tokens: TokenizedTexts, texts: Tensor, row: Tensor, start: Tensor) -> PackedTexts:
-    """Rows with the texts ``[m]`` laid into ``row [m]`` from ``start [m]`` on."""
+    """Packs texts ``[m]`` into ``row [m]`` from ``start [m]`` on."""
     lengths = tokens.offsets.diff()[texts]
     shape = (int(row.max()) + 1, int((start + lengths).max()))
     place = row * shape[1] + start
@@ -566,6 +570,6 @@ def _pack(tokens: TokenizedTexts, texts: Tensor, row: Tensor, start: Tensor) -> 
 
 
 def _spans(starts: Tensor, lengths: Tensor) -> Tensor:
-    """``starts[i], starts[i] + 1, ..`` of ``lengths[i]`` numbers, one span after the other."""
+    """Concatenates the ranges ``starts[i] .. starts[i] + lengths[i]``."""
     before = lengths.cumsum(0) - lengths
     return torch.arange(int(lengths.sum())) + (starts - before).repeat_interleave(lengths)

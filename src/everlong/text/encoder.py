@@ -1,6 +1,6 @@
-"""Item encoders: from the text of an item to its vector, by a language model.
+"""The protocol of text encoders, which compute the vector of an item from its text.
 
-``V`` is the width of the vectors. The models need the extra ``text``; nothing here does.
+``V`` is the width of the vectors. The encoders need the extra ``text``; this module does not.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from everlong.system.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Encoded:
-    """Vectors of ``n`` texts.
+    """The vectors of ``n`` texts.
 
     Attributes:
         vectors: ``[n, V]`` float32.
-        cut: ``[n]`` bool, whether the text was longer than the encoder reads.
+        cut: ``[n]`` bool, whether the text was truncated.
     """
 
     vectors: np.ndarray
@@ -28,28 +28,28 @@ class Encoded:
 
     @property
     def num_cut(self) -> int:
-        """Texts that were longer than the encoder reads."""
+        """The number of truncated texts."""
         return int(self.cut.sum())
 
 
 class TextEncoder(Protocol):
-    """What turns texts into vectors."""
+    """A model that computes vectors of texts."""
 
     @property
     def width(self) -> int:
-        """Numbers of a vector, ``V``."""
+        """The width of the vectors, ``V``."""
 
     @property
     def digest(self) -> str:
         """Sha256 (hex) of the weights and of every setting that changes a vector."""
 
     def encode(self, texts: Sequence[str], *, progress: Progress | None = None) -> Encoded:
-        """The vectors of ``n`` texts, in their order.
+        """Encodes ``n`` texts, in order.
 
         Args:
-            texts: any; an empty one is encoded as such.
-            progress: where to count texts, default one of its own.
+            texts: the texts; empty ones are allowed.
+            progress: counts the encoded texts; by default a new one.
         """
 
     def describe(self) -> dict[str, Any]:
-        """What ``load_encoder`` needs, as plain JSON values."""
+        """A description for ``load_encoder``, as JSON values."""

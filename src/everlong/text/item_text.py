@@ -1,4 +1,4 @@
-"""Item vectors from item text: the columns of a table, an encoder, and a cache between runs."""
+"""Item vectors from item text: composes texts from columns and encodes them, with a cache."""
 
 from __future__ import annotations
 
@@ -27,30 +27,35 @@ def encode_items(
     missing: Missing = "error",
     cache: str | Path | None = None,
 ) -> ItemTable:
-    """The table with the vectors ``[I, V]`` of its items' texts as the vector column ``name``.
+    """Encodes the texts of items and adds them to a table as a vector column ``[I, V]``.
 
     Args:
-        table: text and category columns.
-        encoder: what makes vectors of texts.
-        columns: those that make up the text, as ``"title: ..; genres: .."``.
-        template: a form such as ``"{title}. {genres}"`` instead of ``columns``.
-        name: of the new column.
-        missing: whether an item without text is an error or has a vector of zeros.
-        cache: a file that keeps vectors between runs, see ``encode_cached``.
+        table: an item table with text or categories.
+        encoder: the text encoder.
+        columns: the columns of the text, as in ``"title: ..; genres: .."``.
+        template: a template such as ``"{title}. {genres}"`` instead of ``columns``.
+        name: the name of the new column.
+        missing: whether an item without text is an error or has a zero vector.
+        cache: a file that stores vectors between runs, see ``encode_cached``.
 
     Raises:
-        ValueError: if the text cannot be made (before anything is encoded), the column exists, or
-            the cache cannot be used.
+        ValueError: if the texts cannot be composed (before any is encoded), the column exists
+            already, or the cache cannot be used.
     """
     if template is not None and columns:
-        raise ValueError("expected columns= or template=, received both; name columns in the form")
+        raise ValueError(
+            "expected columns= or template=, received both; name the columns in the template"
+        )
     if isinstance(columns, str):
         raise ValueError(f"expected a list of columns, received {columns!r}; use [{columns!r}]")
     if name in table.vectors:
         raise ValueError(f"the table has vectors {name!r} already; choose another name=")
     if template is None and not columns:
-        there = ", ".join([*table.text, *table.categories]) or "none"
-        raise ValueError(f"no columns to make a text of; pass columns= with some of: {there}")
+        available = ", ".join([*table.text, *table.categories]) or "none"
+        raise ValueError(
+            f"expected columns= or template=, received neither; the table has the columns "
+            f"{available}"
+        )
     if template is None:
         template = TextTemplate(columns=tuple(columns))
     elif isinstance(template, str):
@@ -64,10 +69,10 @@ def encode_items(
     vectors[there_is] = encoded.vectors
     if encoded.num_cut:
         logger.warning(
-            "%d of %d texts are longer than the encoder reads: cut", encoded.num_cut, len(texts)
+            "%d of %d texts exceed the limit of the encoder: truncated", encoded.num_cut, len(texts)
         )
     if not there_is.all():
         logger.warning(
-            "%d of %d items have no text: vectors of zeros", int((~there_is).sum()), len(texts)
+            "%d of %d items have no text: zero vectors", int((~there_is).sum()), len(texts)
         )
     return dataclasses.replace(table, vectors={**table.vectors, name: vectors})

@@ -1,4 +1,4 @@
-"""An encoder by the plain values that describe it."""
+"""Loading of a text encoder from its description."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from everlong.text.encoder import TextEncoder
 
 
 def load_encoder(about: Mapping[str, Any]) -> TextEncoder:
-    """The encoder that ``describe`` told of.
+    """Loads the encoder of a description.
 
     Args:
-        about: what it told; another ``"name"`` in it is where the files are now.
+        about: the result of ``TextEncoder.describe``; ``"name"`` may be changed to a new path.
 
     Raises:
         ImportError: without the extra ``text``.
-        ValueError: if it cannot be loaded, or what is there now is another encoder.
+        ValueError: if it cannot be loaded, or its digest differs from the description.
     """
     kind, name = about.get("kind"), about.get("name", "")
     encoder: TextEncoder
@@ -34,7 +34,7 @@ def load_encoder(about: Mapping[str, Any]) -> TextEncoder:
         raise ValueError(f'expected an encoder of kind "causal" or "sentence", received {kind!r}')
     if encoder.digest != about["digest"]:
         raise ValueError(
-            f"{name!r} is another encoder now: expected digest {about['digest'][:12]}, received "
-            f"{encoder.digest[:12]}; save an encoder after training and before describing it"
+            f"{name!r}: expected the encoder with digest {about['digest'][:12]}, received "
+            f"{encoder.digest[:12]}; save a trained encoder before you call describe()"
         )
     return encoder

@@ -1,7 +1,7 @@
-"""Weights of a causal language model for the decoder that reads histories.
+"""Loading of weights of a pretrained language model into the decoder of a user model.
 
-Families whose layers are those of ``everlong.models.decoder``: Llama, Mistral and Qwen2. Sliding
-windows of such a model do not matter here: a window is the user model's own.
+The decoder of ``everlong.models.decoder`` has the layers of the families Llama, Mistral and Qwen2.
+It ignores a sliding window of the pretrained model, because the user model has its own window.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ PARTS: Mapping[str, str] = {
     "mlp.up_proj.weight": "widen.weight",
     "mlp.down_proj.weight": "narrow.weight",
 }
-"""Names of ``transformers`` and of ours, within a layer."""
+"""Parameter names of a layer: in ``transformers``, and in the decoder."""
 
 
 def decoder_architecture(name: str | Path) -> dict[str, Any]:
-    """The settings of a decoder that has room for the weights of a model.
+    """The settings of a decoder with the shape of a pretrained model.
 
     Args:
-        name: of a model of the Hugging Face hub, or a folder.
+        name: a folder, or the name of a model on the Hugging Face hub.
 
     Raises:
         ImportError: without the extra ``text``.
-        ValueError: if there is no such model, or its layers are of another kind.
+        ValueError: if the model does not exist, or belongs to another family.
     """
     config = _transformers().AutoConfig.from_pretrained
     try:
@@ -74,10 +74,10 @@ def decoder_architecture(name: str | Path) -> dict[str, Any]:
 
 
 def decoder_of(model: nn.Module) -> Decoder:
-    """The decoder inside a model.
+    """Finds the decoder of a model.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the model has none.
     """
     for part in model.modules():
         if isinstance(part, Decoder):
@@ -87,11 +87,11 @@ def decoder_of(model: nn.Module) -> Decoder:
 
 @torch.no_grad()
 def load_decoder(decoder: Decoder, name: str | Path) -> None:
-    """Copies the layers, the last norm and the rotary frequencies of a model.
+    """Copies the layers, the final norm and the rotary frequencies of a pretrained model.
 
     Raises:
         ImportError: without the extra ``text``.
-        ValueError: if there is no such model, or it does not fit the decoder.
+        ValueError: if the model does not exist, or does not fit the decoder.
     """
     try:
         model, facts = _transformers().AutoModel.from_pretrained(
@@ -106,8 +106,8 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
     missing = sorted(key for key in facts["missing_keys"] if "embed_tokens" not in key)
     if missing:
         raise ValueError(
-            f"{name} is not whole: expected all weights of its layers, received none for "
-            f"{', '.join(missing[:3])}; fetch the model again"
+            f"{name} is incomplete: expected all weights of its layers, received none for "
+            f"{', '.join(missing[:3])}; download the model again"
         )
     weights: dict[str, Tensor] = dict(model.state_dict())
     loaded = {"norm.weight": weights.pop("norm.weight")}
@@ -121,13 +121,13 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
                 rest.append(key)
     if rest:
         raise ValueError(
-            f"{name}: expected layers of the Llama family, received weights that have no place in "
-            f"them: {', '.join(rest[:3])}"
+            f"{name}: expected layers of the Llama family, received other weights: "
+            f"{', '.join(rest[:3])}"
         )
     rotary = model.rotary_emb
     if getattr(rotary, "attention_scaling", 1.0) != 1.0:
         raise ValueError(
-            f"{name}: expected rotary positions without a scale of the attention, received "
+            f"{name}: expected rotary positions without attention scaling, received a scale of "
             f"{rotary.attention_scaling}"
         )
     numbers = {key.split(".")[1] for key in loaded if key.startswith("layers.")}
@@ -152,7 +152,7 @@ def load_decoder(decoder: Decoder, name: str | Path) -> None:
     for key, value in sorted(loaded.items()):
         own[key].copy_(value)
         digest.update(value.contiguous().numpy().tobytes())
-    # what was loaded tells one run from another, as vectors of items do
+    # the digest identifies the pretrained weights in checkpoints
     origin = torch.tensor(list(digest.digest()), dtype=torch.uint8)
     decoder.register_buffer("origin", origin, persistent=False)
 
@@ -162,7 +162,7 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise ImportError(
-            'reading a language model takes transformers: pip install "everlong[text]"'
+            'a pretrained language model requires transformers: pip install "everlong[text]"'
         ) from error
     return transformers
 
@@ -170,6 +170,6 @@ def _transformers() -> Any:
 def _missing_model(name: str | Path, error: Exception) -> ValueError:
     return ValueError(
         f"no model {str(name)!r}: {error}. Expected a folder with config.json and safetensors, or "
-        "a name of the Hugging Face hub; files are kept under HF_HOME, and HF_HUB_OFFLINE=1 keeps "
-        "from looking elsewhere"
+        "a name on the Hugging Face hub; HF_HOME is the folder of downloaded files, and "
+        "HF_HUB_OFFLINE=1 disables downloads"
     )

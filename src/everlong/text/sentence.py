@@ -1,4 +1,4 @@
-"""A model of ``sentence-transformers`` as item encoder, frozen."""
+"""A frozen model of ``sentence-transformers`` as a text encoder."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from everlong.text.source import (
 )
 
 CHUNK = 1_024
-"""Texts that are read between two reports of progress."""
+"""Texts that are encoded between two progress reports."""
 
 
 class SentenceEncoder:
-    """Item vectors from any ``sentence-transformers`` model; what learns is a projection elsewhere.
+    """A frozen text encoder from any ``sentence-transformers`` model.
 
     Args:
-        name: a folder, or a name of the Hugging Face hub; safetensors alone, never code.
-        normalize: whether vectors are scaled to length 1, where the model does not do so itself.
-        batch_size: texts at once. Changes speed, not vectors.
-        device: where the model runs.
+        name: a folder, or a name on the Hugging Face hub. Only safetensors are read; no code of the
+            model is executed.
+        normalize: whether to scale vectors to length 1, for models that do not do so.
+        batch_size: texts in a batch; affects speed, not vectors.
+        device: the device of the model.
 
     Raises:
         ImportError: without the extra ``text``.
@@ -57,20 +58,20 @@ class SentenceEncoder:
         tokenizer = self._model.tokenizer
         if getattr(tokenizer, "pad_token_id", 0) is None:
             raise ValueError(
-                f"{name}: the tokenizer has no pad token, which texts of different length need; "
-                "set tokenizer.pad_token and save it, or read a causal model by CausalEncoder"
+                f"{name}: expected a tokenizer with a pad token, received one without; set "
+                "tokenizer.pad_token and save it, or load a causal model with CausalEncoder"
             )
         probe = self._model.encode(["a"], show_progress_bar=False, convert_to_numpy=True)
         self.width = int(probe.shape[1])
         self.digest = files_digest(folder, {"normalize": normalize})
 
     def encode(self, texts: Sequence[str], *, progress: Progress | None = None) -> Encoded:
-        """The vectors of ``n`` texts, ``[n, V]`` float32."""
+        """Encodes ``n`` texts to vectors ``[n, V]`` float32."""
         if progress is None:
             with Progress("encode", len(texts), "texts") as own:
                 return self.encode(texts, progress=own)
         vectors = np.zeros((len(texts), self.width), np.float32)
-        # texts of one length need no padding
+        # sort by length, to reduce padding
         order = np.argsort([-len(text) for text in texts], kind="stable")
         for start in range(0, len(texts), CHUNK):
             rows = order[start : start + CHUNK]
@@ -85,13 +86,13 @@ class SentenceEncoder:
         return Encoded(vectors=vectors, cut=self._cut(texts))
 
     def describe(self) -> dict[str, Any]:
-        """What ``load_encoder`` needs."""
+        """A description for ``load_encoder``, as JSON values."""
         settings = {"normalize": self.normalize, "batch_size": self.batch_size}
         about = {"kind": "sentence", "name": self.name, "settings": settings}
         return {**about, "width": self.width, "digest": self.digest}
 
     def _cut(self, texts: Sequence[str]) -> np.ndarray:
-        """Which texts have more tokens than the model reads."""
+        """Whether each text has more tokens than the model reads, ``[n]``."""
         limit = self._model.max_seq_length
         if limit is None or not math.isfinite(limit) or len(texts) == 0:
             return np.zeros(len(texts), np.bool_)
@@ -102,13 +103,13 @@ class SentenceEncoder:
 
 
 def _load(folder: Path, name: str | Path, device: str) -> Any:
-    """The model in a folder, which never runs code of its own."""
+    """Loads the model of a folder without executing code from it."""
     for module in read_json(folder / "modules.json"):
         kind, part = str(module.get("type")), folder / str(module.get("path", ""))
         if not kind.startswith("sentence_transformers."):
             raise ValueError(
-                f"{name}: expected parts of sentence-transformers, received {kind!r}, code of its "
-                "own, which is never run; choose another model"
+                f"{name}: expected modules of sentence-transformers, received {kind!r}, code of "
+                "the model, which is never executed; choose another model"
             )
         if part.is_dir() and any(path.suffix in PICKLES for path in part.iterdir()):
             check_weights(part, name)
@@ -122,7 +123,7 @@ def _load(folder: Path, name: str | Path, device: str) -> Any:
                 local_files_only=True,
                 model_kwargs={"use_safetensors": True, "dtype": "float32"},
             )
-    # configurations, files and tokenizers of others fail in ways of their own
+    # third-party configurations, files and tokenizers raise exceptions of any class
     except Exception as error:
         raise load_error(name, error) from error
     return model.eval()

@@ -1,4 +1,4 @@
-"""Where the files of a language model come from, and what must be so before they are read."""
+"""Files of a language model: download, and validation before they are loaded."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 SAFE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""What is fetched of a repository: neither code nor pickles."""
+"""The files that are downloaded from a repository: neither code nor pickles."""
 
 OTHER_COPIES = ("onnx/*", "openvino/*", "original/*", "consolidated*")
-"""The same weights for other libraries."""
+"""Copies of the weights for other libraries, which are not downloaded."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -29,11 +29,11 @@ TOKENIZERS = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of which a tokenizer has at least one."""
+"""The files of tokenizers; each tokenizer has at least one of them."""
 
 
 def import_extra(module: str) -> Any:
-    """A module of the extra ``text``.
+    """Imports a module of the extra ``text``.
 
     Raises:
         ImportError: if it is not installed.
@@ -42,16 +42,16 @@ def import_extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f'item text needs {module}, which cannot be imported: pip install "everlong[text]"'
+            f'item text requires {module}, which cannot be imported: pip install "everlong[text]"'
         ) from error
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model: a local one, or what the hub has under a name.
+    """The local folder of a model, downloaded from the hub if necessary.
 
     Raises:
         ImportError: without the extra ``text``.
-        ValueError: if there is no such model, offline or not.
+        ValueError: if the model is neither local nor on the hub.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -62,16 +62,16 @@ def model_folder(name: str | Path) -> Path:
             found: str = hub.snapshot_download(
                 str(name), allow_patterns=list(SAFE_FILES), ignore_patterns=list(OTHER_COPIES)
             )
-    # errors of the hub have no common base but OSError and ValueError, httpx adds its own
+    # errors of the hub and of httpx have no common base class
     except Exception as error:
-        # some of the files are there; those that are needed are looked for when they are read
+        # a partial download; required files are checked when they are read
         if (part := getattr(error, "snapshot_path", None)) is not None:
             return Path(part)
         raise ValueError(
             f"no model {str(name)!r}: neither a folder, nor in the cache "
             f"{hub.constants.HF_HUB_CACHE}, nor on the hub ({_first_line(error)}). Check the name; "
-            "HF_HOME moves the cache, HF_HUB_OFFLINE=1 asks the cache alone; models are read by "
-            'pip install "everlong[text]"'
+            "HF_HOME is the folder of the cache, HF_HUB_OFFLINE=1 disables downloads; all encoders "
+            'require pip install "everlong[text]"'
         ) from error
     return Path(found)
 
@@ -84,7 +84,7 @@ def check_weights(folder: Path, name: str | Path) -> None:
     received = f"only {pickles[0]}, which can run code" if pickles else "no weights"
     raise ValueError(
         f"{name}: expected weights as *.safetensors in {folder}, received {received}; choose "
-        "another revision, or load and save the model with transformers where it is trusted"
+        "another revision, or convert the model with transformers on a machine that may run it"
     )
 
 
@@ -92,16 +92,16 @@ def check_tokenizer(folder: Path, name: str | Path) -> None:
     """Raises ``ValueError`` unless a folder has the files of a tokenizer."""
     if not any((folder / file).exists() for file in TOKENIZERS):
         raise ValueError(
-            f"{name}: no tokenizer in {folder}: expected one of {', '.join(TOKENIZERS)}; save it "
-            "there with tokenizer.save_pretrained"
+            f"{name}: expected a tokenizer in {folder}, one of {', '.join(TOKENIZERS)}, received "
+            "none; save it there with tokenizer.save_pretrained"
         )
 
 
 def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
+    """Reads a JSON file.
 
     Raises:
-        ValueError: if it is not there or cannot be read.
+        ValueError: if it does not exist or is invalid.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -113,11 +113,11 @@ def read_json(path: Path) -> Any:
 
 
 def load_error(name: str | Path, error: Exception) -> ValueError:
-    """What to raise where ``transformers`` could not load a folder."""
+    """The error to raise after ``transformers`` failed to load a folder."""
     asks_for_code = "trust_remote_code" in str(error)
     reason = (
-        "it asks to run code of its own, which is never done; choose a model of an architecture "
-        "that transformers has"
+        "it requires code of its own, which is never executed; choose a model of an architecture "
+        "that transformers includes"
         if asks_for_code
         else _first_line(error)
     )
@@ -148,7 +148,7 @@ def files_digest(folder: Path, settings: Mapping[str, Any]) -> str:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """No bars and no reports of ``transformers`` and the hub, which tell a user nothing here."""
+    """Suppresses progress bars and log lines of ``transformers`` and the hub."""
     logs, bars = import_extra("transformers").logging, import_extra("huggingface_hub.utils")
     verbosity, had_bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()

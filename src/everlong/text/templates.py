@@ -1,4 +1,4 @@
-"""The text of an item, put together from the columns of an item table."""
+"""Composition of item texts from the columns of an item table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Literal
 from everlong.data.items import Categories, ItemTable
 
 Missing = Literal["error", "zero"]
-"""What becomes of an item without text: an error, or a vector of zeros."""
+"""The treatment of items without text: an error, or a zero vector."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTemplate:
-    """How columns become one text: by name, or by a form; exactly one of the two.
+    """A template of item texts: a list of columns, or a format string; exactly one of the two.
 
     Attributes:
-        columns: ``"title: Alien; genres: Horror, Sci-Fi"``, columns without a value left out.
-        form: ``"{title}. {genres}"``, plain names of columns in braces, ``{{`` for a brace.
+        columns: named columns, as in ``"title: Alien; genres: Horror, Sci-Fi"``; empty ones are
+            left out.
+        form: a format string such as ``"{title}. {genres}"``, with column names in braces and
+            ``{{`` for a brace.
     """
 
     columns: tuple[str, ...] = ()
@@ -32,41 +34,41 @@ class TextTemplate:
             raise ValueError(f"expected a tuple of columns, received {given!r}")
         if bool(self.columns) == bool(self.form):
             raise ValueError(
-                "a text is made from columns or by a form: expected one of the two, received "
+                "expected either columns or form, received "
                 f"columns={self.columns}, form={self.form!r}"
             )
         if not self.fields:
             raise ValueError(
-                f'expected names of columns in braces, such as "{{title}}", received {self.form!r}'
+                f'expected column names in braces, such as "{{title}}", received {self.form!r}'
             )
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The columns that are read, each once.
+        """The distinct columns of the template.
 
         Raises:
-            ValueError: if the form has anything in braces but plain names.
+            ValueError: if braces of the form contain anything but column names.
         """
         if self.columns:
             return tuple(dict.fromkeys(self.columns))
         try:
             parts = list(string.Formatter().parse(self.form))
         except ValueError as error:
-            raise ValueError(f"the form {self.form!r} cannot be read: {error}") from error
+            raise ValueError(f"the form {self.form!r} is invalid: {error}") from error
         names = []
         for _, name, spec, conversion in parts:
             if name is None:
                 continue
             if not name or spec or conversion or name.isdigit() or set(name) & set(".[]{}"):
                 raise ValueError(
-                    f'expected plain names of columns in braces, such as "{{title}}", received '
+                    f'expected column names in braces, such as "{{title}}", received '
                     f"{name!r} in {self.form!r}"
                 )
             names.append(name)
         return tuple(dict.fromkeys(names))
 
     def fill(self, values: Mapping[str, str]) -> str:
-        """The text of one item from the values of its columns; "" if all are empty."""
+        """Composes the text of an item from the values of its columns; "" if all are empty."""
         if not any(values.values()):
             return ""
         if self.columns:
@@ -77,27 +79,27 @@ class TextTemplate:
 def item_texts(
     table: ItemTable, template: TextTemplate, *, missing: Missing = "error"
 ) -> list[str]:
-    """The texts of the ``I`` items of a table, in its order.
+    """Composes the texts of the ``I`` items of a table, in row order.
 
-    Several categories of an item are joined by ", "; "unknown" is no value.
+    Several categories of an item are joined by ", "; the category "unknown" counts as empty.
 
     Args:
-        table: text and category columns.
-        template: which of them, and how.
-        missing: whether an item without any value is an error, or has the text "".
+        table: an item table with text or categories.
+        template: the template of the texts.
+        missing: whether an item without text is an error, or has the text "".
 
     Raises:
-        ValueError: if a column is not there, or items have no text and ``missing`` is "error".
+        ValueError: if a column does not exist, or items have no text and ``missing`` is "error".
     """
     if missing not in ("error", "zero"):
         raise ValueError(f'expected missing "error" or "zero", received {missing!r}')
     names = template.fields
     unknown = [name for name in names if name not in table.text and name not in table.categories]
     if unknown:
-        there = ", ".join([*table.text, *table.categories]) or "none"
+        available = ", ".join([*table.text, *table.categories]) or "none"
         raise ValueError(
-            f"no text or categories {unknown[0]!r} in the item table, which has: {there}; name "
-            "them when the items are read"
+            f"no column {unknown[0]!r} of text or categories in the item table, which has "
+            f"{available}; name it in text= or categorical= of read_items"
         )
     columns = [_values(table, name) for name in names]
     texts = [
@@ -109,7 +111,7 @@ def item_texts(
         some = ", ".join(repr(item) for item in table.item_ids.ids(empty[:3]))
         raise ValueError(
             f"{len(empty)} of {table.num_items} items have no text in {', '.join(names)}, for "
-            f'example {some}; missing="zero" gives them vectors of zeros'
+            f'example {some}; pass missing="zero" for zero vectors'
         )
     return texts
 

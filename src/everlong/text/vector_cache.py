@@ -1,7 +1,7 @@
-"""Vectors of texts on disk, so that a text is encoded once: one SQLite file for any encoders.
+"""The vector cache: vectors of texts in a SQLite file, so that each text is encoded once.
 
-A vector is found by the digest of its encoder and the sha256 of its text. Several processes may
-use one file. Deleting the file loses nothing but time.
+The key of a vector is the digest of its encoder and the sha256 of its text. Several encoders and
+processes may share a file. Deleting it is safe.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ CHUNK = 512
 """Texts that are encoded between two commits."""
 
 LOOKUP = 500
-"""Keys of one query; older SQLite takes 999."""
+"""Keys of a query; older versions of SQLite allow 999 parameters."""
 
 WAIT_S = 60.0
-"""Seconds to wait for another process that writes."""
+"""Seconds to wait for the write lock of another process."""
 
 APPLICATION = 0x45764C56
-"""What marks the file as ours."""
+"""The SQLite application id of a vector cache."""
 
 TABLE = """
 CREATE TABLE IF NOT EXISTS vectors (
@@ -43,25 +43,25 @@ logger = logging.getLogger(__name__)
 
 
 class CachedVector(NamedTuple):
-    """A vector ``[V]`` float32 and whether its text was cut."""
+    """A vector ``[V]`` float32 and whether its text was truncated."""
 
     vector: np.ndarray
     cut: bool
 
 
 def encode_cached(encoder: TextEncoder, texts: Sequence[str], cache: Path | None) -> Encoded:
-    """The vectors of ``n`` texts; each different text is encoded once, or found in the cache.
+    """Encodes ``n`` texts; each distinct text is read from the cache or encoded once.
 
-    What is encoded is kept chunk by chunk, so that a run that was interrupted goes on.
+    Vectors are committed chunk by chunk, so that an interrupted run can continue.
 
     Args:
-        encoder: what encodes.
-        texts: any, with repeats.
-        cache: a file, made where there is none; None keeps nothing.
+        encoder: the text encoder.
+        texts: the texts, with or without duplicates.
+        cache: the file of the cache, created if it does not exist; None for no cache.
 
     Raises:
-        ValueError: if the file is something else or damaged as a whole, or the encoder gives
-            vectors that are not finite or not of its width.
+        ValueError: if the file is damaged or not a vector cache, or the encoder returns vectors
+            that are not finite or have another width.
     """
     unique = list(dict.fromkeys(texts))
     if cache is None:
@@ -106,14 +106,16 @@ def _check(encoded: Encoded, texts: Sequence[str], width: int) -> None:
     expected = (len(texts), width)
     if encoded.vectors.shape != expected:
         raise ValueError(
-            f"expected vectors {expected} of the encoder, received {encoded.vectors.shape}"
+            f"expected vectors of shape {expected} from the encoder, received "
+            f"{encoded.vectors.shape}"
         )
     finite = np.isfinite(encoded.vectors).all(1)
     if not finite.all():
         text = texts[int(np.flatnonzero(~finite)[0])]
         raise ValueError(
-            f"the encoder gave NaN or infinite numbers for {int((~finite).sum())} texts, for "
-            f"example {text[:80]!r}; try dtype float32, or an encoder that has not diverged"
+            "expected finite vectors from the encoder, received NaN or infinity for "
+            f"{int((~finite).sum())} texts, for example {text[:80]!r}; try dtype float32, or an "
+            "encoder that has not diverged"
         )
 
 
@@ -132,29 +134,29 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         ) from error
     except sqlite3.DatabaseError as error:
         raise ValueError(
-            f"{path} is no cache of vectors, or a damaged one: {error}; choose another file, or "
-            "remove it: its vectors are encoded again"
+            f"{path} is not a vector cache, or is damaged: {error}; choose another file, or delete "
+            "it to encode all texts again"
         ) from error
 
 
 def _claim(database: sqlite3.Connection) -> None:
-    """Makes the table in a new file; raises ``DatabaseError`` at a file of somebody else."""
+    """Creates the table in a new file; raises ``DatabaseError`` if it is another database."""
     with database:
-        # one process at a time, so that two may find the file empty
+        # take the write lock before reading, because two processes may open an empty file
         database.execute("BEGIN IMMEDIATE")
         (owner,) = database.execute("PRAGMA application_id").fetchone()
         (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if owner == 0 and tables == 0:
             database.execute(f"PRAGMA application_id = {APPLICATION}")
         elif owner != APPLICATION:
-            raise sqlite3.DatabaseError("it holds the tables of another program")
+            raise sqlite3.DatabaseError("it contains tables of another program")
         database.execute(TABLE)
 
 
 def _look_up(
     database: sqlite3.Connection, encoder_key: bytes, texts: Sequence[str], width: int
 ) -> dict[str, CachedVector]:
-    """What the cache has of the texts, but for rows that are not as they were written."""
+    """Reads the cached vectors of texts; skips rows with a wrong checksum."""
     found: dict[str, CachedVector] = {}
     damaged = 0
     for start in range(0, len(texts), LOOKUP):

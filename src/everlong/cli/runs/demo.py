@@ -1,4 +1,4 @@
-"""The whole path on a made-up log: what a newcomer sees first, with the best score known."""
+"""The demonstration: training, evaluation, updates and storage on a synthetic log."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SHOWN = ("NDCG@10", "HitRate@10")
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A row of the table.
+    """A model of the comparison.
 
     Attributes:
-        label: what the table calls it.
-        model: name of a built-in model.
+        label: its name in the table.
+        model: the name of a built-in model.
         architecture: settings of the model.
         training: settings of training, without the seed.
     """
@@ -46,12 +46,12 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Sizes of a demonstration.
+    """The settings of a demonstration.
 
     Attributes:
-        users: users of the log.
+        users: number of users of the log.
         ours: the model with a state of fixed size.
-        others: what it is compared with.
+        others: the models for comparison.
     """
 
     users: int
@@ -73,7 +73,7 @@ DEMO = Demo(
     ours=Contender(
         label="lru (whole history)",
         model="lru",
-        # what matters here is a whole cycle back: slow decays, and little noise in the memory
+        # the dependency is a whole cycle long: slow decays, and little dropout
         architecture=MappingProxyType(
             {
                 "min_radius": 0.9,
@@ -115,16 +115,16 @@ DEMO = Demo(
 
 
 def run_demo(plan: Demo, out: Path, *, seed: int, say: Say) -> Recommender:
-    """The recommender of the demonstration, after telling ``say`` about every stage.
+    """Runs the demonstration, passes its report to ``say`` and returns the recommender.
 
     Args:
-        plan: sizes.
-        out: where the model and the pictures go.
-        seed: of the log and of training.
-        say: takes lines for the user.
+        plan: the settings.
+        out: the folder for the model and the plots.
+        seed: the random seed of the log and of training.
+        say: prints lines of the report.
 
     Raises:
-        ValueError: if ``out`` is in the way.
+        ValueError: if a file is at ``out``.
     """
     began = time.monotonic()
     made = demo_log(seed, num_users=plan.users)
@@ -134,14 +134,14 @@ def run_demo(plan: Demo, out: Path, *, seed: int, say: Say) -> Recommender:
     _recommend_and_update(recommender, made, say)
     _show_cost(recommender, out, say)
     _save_and_load(recommender, made, out / "model", say)
-    say(f"\nDone in {time.monotonic() - began:.0f} s; model and pictures are in {out}.")
+    say(f"\nDone in {time.monotonic() - began:.0f} s; model and plots are in {out}.")
     return recommender
 
 
 def _compare(
     plan: Demo, made: SyntheticLog, events: Events, out: Path, *, seed: int, say: Say
 ) -> Recommender:
-    """Fits every contender and prints the table; returns ours."""
+    """Trains all models and prints the comparison; returns the recommender of ``plan.ours``."""
     say("2. Training and testing: the last event of every user, ranked among all items.\n")
     fitted = {}
     for contender in (*plan.others, plan.ours):
@@ -170,11 +170,11 @@ def _compare(
 
 
 def _recommend_and_update(recommender: Recommender, made: SyntheticLog, say: Say) -> None:
-    """Recommends for a user, feeds new events, and recommends again."""
+    """Prints recommendations for a user before and after new events."""
     user = made.frame["user_id"][-1]
     before = recommender.recommend([user], k=5)
     size = recommender.bytes_per_user.state
-    # the user takes what is recommended first, an hour after everything else
+    # the user interacts with the first recommendations, an hour after the end of the log
     newest = int(made.frame["timestamp"].to_numpy().max())
     report = recommender.update(_events(user, before["item_id"].to_list()[:3], newest + 3600))
     after = recommender.recommend([user], k=5)
@@ -191,11 +191,11 @@ def _recommend_and_update(recommender: Recommender, made: SyntheticLog, say: Say
 
 
 def _show_cost(recommender: Recommender, out: Path, say: Say) -> None:
-    """Reads one more event after short and long histories, and prints what it takes."""
+    """Prints the cost of an event after short and long histories."""
     items = recommender.item_ids.ids(range(len(recommender.item_ids))).to_list()
     points = []
     for length in LENGTHS:
-        # the same model without any user
+        # the same model without users
         fresh = Recommender(recommender.model, recommender.item_ids, recommender.origin)
         history = (items * (length // len(items) + 1))[:length]
         fresh.update(_events("somebody", history, FAR_FUTURE))
@@ -209,7 +209,7 @@ def _show_cost(recommender: Recommender, out: Path, say: Say) -> None:
 
 
 def _seconds_an_event(recommender: Recommender, item: str, length: int) -> float:
-    """The median time that ``update`` takes for one event."""
+    """The median duration of ``update`` with one event."""
     times = []
     for repeat in range(REPEATS):
         event = _events("somebody", [item], FAR_FUTURE + length + repeat)
@@ -220,7 +220,7 @@ def _seconds_an_event(recommender: Recommender, item: str, length: int) -> float
 
 
 def _save_and_load(recommender: Recommender, made: SyntheticLog, folder: Path, say: Say) -> None:
-    """Saves the model and its users, loads them, and compares what they recommend."""
+    """Saves and loads the model with its users, and compares the recommendations."""
     users = made.frame["user_id"].unique().sort()[:50]
     recommender.save(folder)
     if not load(folder).recommend(users).equals(recommender.recommend(users)):
@@ -229,7 +229,7 @@ def _save_and_load(recommender: Recommender, made: SyntheticLog, folder: Path, s
 
 
 def _events(user: object, items: Sequence[object], first_time: int) -> Events:
-    """Events of one user, a second apart."""
+    """Events of one user, one second apart."""
     times = range(first_time, first_time + len(items))
     frame = pl.DataFrame({"user_id": [user] * len(items), "item_id": items, "timestamp": times})
     return read_events(frame, time_unit="s")
@@ -239,4 +239,4 @@ def _draw(draw: Callable[[], None]) -> None:
     try:
         draw()
     except ImportError as error:
-        log.info("no picture: %s", error)
+        log.info("no plot: %s", error)

@@ -1,4 +1,4 @@
-"""The ``fit`` command: a run folder beside the model folder, baselines, and pictures."""
+"""The run of the ``fit`` command: checkpoints and plots in a run folder, baselines."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from everlong.training.settings import TrainConfig
 log = logging.getLogger(__name__)
 
 BASELINES = ("popularity", "recent_popularity", "markov")
-"""Models that only count, measured beside any other in seconds."""
+"""Models without gradient descent, which are fitted in seconds for comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitPlan:
-    """What to fit and where to put it.
+    """The arguments of the ``fit`` command.
 
     Attributes:
         model: name of a built-in model.
@@ -58,7 +58,7 @@ class FitPlan:
 
     @property
     def run_folder(self) -> Path:
-        """Where checkpoints, training log and pictures go: beside the model folder."""
+        """The folder of checkpoints, training log and plots, beside the model folder."""
         return self.out.with_name(self.out.name + ".run")
 
 
@@ -69,7 +69,7 @@ def run_fit(
     *,
     say: Callable[[str], None],
 ) -> Recommender:
-    """The recommender, fitted and saved, with its results told to ``say``.
+    """Fits and saves a recommender, and passes its results to ``say``.
 
     Args:
         plan: what to do.
@@ -110,7 +110,7 @@ def run_fit(
             ) from None
         raise
     recommender.save(plan.out)
-    # the model is safe, so what it took to make it may go
+    # the model is saved, so the checkpoint is not needed any more
     (plan.run_folder / CHECKPOINT).unlink(missing_ok=True)
     say(f"{recommender!r}, saved in {plan.out}")
     _tell_results(plan, recommender, events, protocol, say)
@@ -153,7 +153,7 @@ def _row(recommender: Recommender) -> tuple[dict[str, float], str]:
 
 
 def _draw(plan: FitPlan, recommender: Recommender) -> None:
-    """Pictures into the run folder, or a hint how to have them."""
+    """Writes plots to the run folder, or logs how to install the extra ``plot``."""
     folder = plan.run_folder
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -164,4 +164,4 @@ def _draw(plan: FitPlan, recommender: Recommender) -> None:
         if test is not None:
             plot_quality({plan.model: test}, folder / "quality_by_history.png")
     except ImportError as error:
-        log.info("no pictures: %s", error)
+        log.info("no plots: %s", error)
