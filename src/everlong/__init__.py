@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from everlong.system.threads import limit_libraries
+
 if TYPE_CHECKING:
     from everlong.data.event_cache import open_events
     from everlong.data.events import Events, read_events
@@ -36,6 +38,9 @@ __all__ = [
     "read_events",
     "read_items",
 ]
+
+# before torch and numba are loaded, which read the environment only once
+limit_libraries()
 
 # imported at first use, so that `import everlong` and `everlong --help` do not wait for torch
 _HOMES = {

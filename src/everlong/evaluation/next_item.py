@@ -36,6 +36,7 @@ from everlong.models.batch import Batch
 from everlong.models.device import device_of, serving
 from everlong.models.state import State, bytes_per_user, take
 from everlong.models.user_model import UserModel
+from everlong.system.threads import yielding
 
 Seen = Literal["mask", "keep"]
 
@@ -119,6 +120,7 @@ class Evaluation:
         return [parse_metric(name) for name in self.metrics]
 
 
+@yielding()
 def evaluate(
     model: UserModel,
     events: Events,

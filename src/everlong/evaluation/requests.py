@@ -13,11 +13,13 @@ from everlong.inference.encode import encode_histories
 from everlong.models.device import serving
 from everlong.models.ranker import Ranker
 from everlong.models.state import take
+from everlong.system.threads import yielding
 
 BUDGET = 1 << 14
 """Events and candidates that are scored together in evaluation."""
 
 
+@yielding()
 def score_requests(
     model: Ranker,
     events: Events,
@@ -46,6 +48,7 @@ def score_requests(
     return _ranked(requests, events, logits, labels, torch.cat(rows), torch.cat(sizes))
 
 
+@yielding()
 def serve_requests(model: Ranker, events: Events, requests: Requests, *, users: int = 64) -> Ranked:
     """The same scores, each from the state just before its request, as a server gives them."""
     dataset = RequestDataset(events, requests)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from everlong.models.device import serving
 from everlong.models.lru import LRU, LRUConfig
 from everlong.models.user_model import UserModel
 from everlong.system.provenance import hardware, versions
+from everlong.system.threads import limited, yielding
 from everlong.training.next_item_losses import full_softmax
 
 STEP_BATCHES = (1, 64, 256)
@@ -74,6 +74,7 @@ class Bench:
         )
 
 
+@yielding()
 def bench(*, num_items: int = 10_000, seconds: float = 1.0, seed: int = 0) -> Bench:
     """Speeds of an untrained LRU of default size on this machine.
 
@@ -96,7 +97,7 @@ def bench(*, num_items: int = 10_000, seconds: float = 1.0, seed: int = 0) -> Be
         torch.manual_seed(seed)
         model = LRU(LRUConfig(num_items=num_items))
         threads = torch.get_num_threads()
-        with _threads(1):
+        with limited(1):
             speeds = [_step_speed(model, users, seconds) for users in STEP_BATCHES]
         speeds.append(_encode_speed(model, threads, seconds))
         speeds.append(_train_speed(model, threads, seconds))
@@ -161,14 +162,3 @@ def _speed(work: str, batch: int, events: int, threads: int, seconds: float) -> 
         events_per_second=events / seconds,
         milliseconds=1000 * seconds,
     )
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """A block that runs on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from everlong.data.events import Events
 from everlong.models.device import device_of, serving
 from everlong.models.state import State, concat, num_users, put, take
 from everlong.models.user_model import UserModel
+from everlong.system.threads import yielding
 
 Progress = Callable[[int, int], None]
 """Is told how much is done and how much there is in all."""
@@ -20,6 +21,7 @@ Progress = Callable[[int, int], None]
 EVENTS_PER_BATCH = 1 << 15
 
 
+@yielding()
 def encode_histories(
     model: UserModel,
     events: Events,

@@ -30,6 +30,7 @@ from everlong.recommender.recommender import Recommender
 from everlong.recommender.users import read_into
 from everlong.system.provenance import hardware, versions
 from everlong.system.settings import load_settings, unknown
+from everlong.system.threads import yielding
 from everlong.text.pretrained import decoder_architecture, decoder_of, load_decoder
 from everlong.training.loop import TrainResult
 from everlong.training.next_item import train
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 PROTOCOLS: Mapping[str, Protocol] = {"paper": PAPER, "temporal": TEMPORAL}
 
 
+@yielding()
 def fit(
     events: Source | Events,
     model: str | type[UserModel] = "lru",

@@ -28,10 +28,12 @@ from everlong.recommender.recommender import TWO_STAGE, Recommender
 from everlong.recommender.users import read_into
 from everlong.system.provenance import hardware, versions
 from everlong.system.settings import load_settings
+from everlong.system.threads import yielding
 from everlong.training.ranker import train_ranker
 from everlong.training.settings import RankerTrainConfig
 
 
+@yielding()
 def fit_ranker(
     recommender: Recommender,
     events: Events,

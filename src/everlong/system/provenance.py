@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
+from everlong.system.threads import cores
 
 
 def versions() -> dict[str, str]:
@@ -25,7 +26,7 @@ def hardware() -> dict[str, str | int]:
     """The processor, its cores that this process may use, and the accelerator if there is one."""
     facts: dict[str, str | int] = {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "vector_unit": torch.backends.cpu.get_cpu_capability(),
     }

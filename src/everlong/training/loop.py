@@ -28,6 +28,7 @@ from everlong.models.user_model import UserModel
 from everlong.system.interrupt import Interrupted, deferred_interrupt
 from everlong.system.progress import Progress
 from everlong.system.settings import unknown
+from everlong.system.threads import yielding
 from everlong.training.checkpoint import Checkpoint, Position
 from everlong.training.optimizer import adamw, rate_share
 from everlong.training.precision import Precision
@@ -88,6 +89,7 @@ class TrainResult:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+@yielding()
 def run(
     task: Task[B],
     config: LoopConfig,

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-
-import numba
+from contextlib import suppress
 
 BEHIND = 5
 """Steps of niceness: a thread gets a third of what one gets that stands before it."""
@@ -25,17 +22,3 @@ def step_back() -> None:
         with suppress(OSError):
             own = threading.get_native_id()
             os.setpriority(os.PRIO_PROCESS, own, os.getpriority(os.PRIO_PROCESS, own) + BEHIND)
-
-
-@contextmanager
-def on_one_core() -> Iterator[None]:
-    """Has loops that are compiled for many cores run on one, in this thread.
-
-    Their threads spin while they wait: on the cores of the writer and of those who answer.
-    """
-    before = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
-        yield
-    finally:
-        numba.set_num_threads(before)

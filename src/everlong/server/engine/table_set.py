@@ -15,11 +15,11 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
-from everlong.server.engine.priority import on_one_core
 from everlong.server.store.log import DamagedError, EventLog, Id, Slice
 from everlong.server.store.replay import backfill, read_on, rebuild
 from everlong.server.store.state_store import StateStore
 from everlong.server.store.state_table import Applied, StateTable
+from everlong.system.threads import limited
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class TableSet:
             if table.offset == 0:
                 # of a model whose first writing was cut short
                 self._delete_records({table.name} & self._do(self._store.models).result())
-            with closing(self._events.reader()) as beside, on_one_core():
+            with closing(self._events.reader()) as beside, limited(1):
                 if table.offset == 0:
                     backfill(beside, table, since=since)
                 while beside.look().last - table.offset > NEAR:

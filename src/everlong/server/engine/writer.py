@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from everlong.server.engine.priority import on_one_core, step_back
+from everlong.server.engine.priority import step_back
 from everlong.server.engine.state_checkpoint import StateCheckpoint
 from everlong.server.engine.table_set import TableSet
 from everlong.server.engine.write_queue import Work, WriteQueue
 from everlong.server.store.log import Event, EventLog, Id, Receipt, Slice, Stored
 from everlong.server.store.state_store import StateStore
 from everlong.server.store.state_table import Applied
+from everlong.system.threads import limited
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Writer:
     def _run(self) -> None:
         step_back()
         # the other cores are for the threads that answer
-        with on_one_core():
+        with limited(1):
             stopping = False
             while not stopping:
                 wait_s = min(TRY_S, self._checkpoint.due_s)
