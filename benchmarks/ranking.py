@@ -40,7 +40,8 @@ from everlong.data.requests import (
     requests_from_events,
     split_requests,
 )
-from everlong.evaluation.ranker import Ranked, by_history_length, evaluate_ranking
+from everlong.evaluation.candidates import Ranked
+from everlong.evaluation.ranker import by_history_length, evaluate_ranking
 from everlong.evaluation.requests import score_requests
 from everlong.models.device import serving
 from everlong.models.ifa import IFA, IFAConfig

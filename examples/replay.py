@@ -43,7 +43,8 @@ from everlong.client import Client
 from everlong.data.arrays import IntArray
 from everlong.data.split import Split, split
 from everlong.data.synthetic import markov_chain
-from everlong.evaluation.metrics import DEFAULT, Estimate, estimate
+from everlong.evaluation.interval import Estimate
+from everlong.evaluation.metrics import DEFAULT, estimate
 from everlong.evaluation.next_item import Evaluation, evaluate
 from everlong.server.engine.served_model import ServedModel
 from everlong.server.engine.service import Service

@@ -1,23 +1,19 @@
 """Metrics against tables small enough for hand, an independent library, and known distributions."""
 
-import math
-
 import ir_measures
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from everlong.evaluation.interval import Estimate
 from everlong.evaluation.metrics import (
     DEFAULT,
-    Estimate,
+    RANK_METRICS,
     Metric,
-    bootstrap,
-    bucket_label,
+    RankMetric,
     estimate,
-    history_bucket,
     parse_metric,
-    summable,
     user_means,
 )
 
@@ -113,15 +109,6 @@ def test_users_weigh_the_same_whatever_their_targets() -> None:
     assert estimate(ranks, users, [Metric("HitRate", 1)])["HitRate@1"].mean == 0.625
 
 
-def test_interval_of_a_proportion() -> None:
-    rng = np.random.default_rng(0)
-    means = (rng.random((2000, 1)) < 0.3).astype(float)
-    low, high = bootstrap(means)
-    error = 1.96 * np.sqrt(means.var() / 2000)
-    assert low[0] == pytest.approx(means.mean() - error, abs=0.003)
-    assert high[0] == pytest.approx(means.mean() + error, abs=0.003)
-
-
 def test_interval_keeps_the_targets_of_a_user_together() -> None:
     # ten users with a thousand equal targets each know no more than ten targets
     ranks = np.repeat([1, 9, 1, 9, 9, 1, 9, 1, 1, 9], 1000)
@@ -129,39 +116,6 @@ def test_interval_keeps_the_targets_of_a_user_together() -> None:
     few = estimate(ranks[::1000], np.arange(10), [Metric("HitRate", 1)])
     assert many == few
     assert few["HitRate@1"].high - few["HitRate@1"].low > 0.4
-
-
-def test_interval_is_seeded_and_blocks_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    means = np.random.default_rng(1).random((50, 2))
-    whole = bootstrap(means, seed=3)
-    monkeypatch.setattr("everlong.evaluation.metrics.DRAWS", 120)
-    blocked = bootstrap(means, seed=3)
-    np.testing.assert_array_equal(whole, blocked)
-    assert not np.array_equal(whole, bootstrap(means, seed=4))
-
-
-def test_interval_does_not_depend_on_the_last_bits_of_the_means() -> None:
-    # one mean of three targets, summed in two orders, as two processors or two logs may have it
-    gains = np.random.default_rng(2).random((60, 3))
-    means = np.stack([(gains[:, 0] + gains[:, 1]) + gains[:, 2], gains[:, 0] + gains[:, 1:].sum(1)])
-    assert not np.array_equal(*means)
-    repeated = np.concatenate([means[0], means[1]])[:, None]
-    np.testing.assert_array_equal(
-        bootstrap(repeated), bootstrap(np.concatenate([means[1], means[1]])[:, None])
-    )
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 7, 1000]), st.sampled_from([1e-3, 1.0, 50]))
-@settings(max_examples=25)
-def test_summable_values_sum_alike_in_any_order(seed: int, users: int, peak: float) -> None:
-    rng = np.random.default_rng(seed)
-    values = rng.random((users, 1)) * peak - peak / 3
-    rounded = summable(values)
-    np.testing.assert_allclose(rounded, values, rtol=0, atol=peak / 2**40)
-    drawn = rng.integers(users, size=users)
-    exact = math.fsum(rounded[drawn, 0])
-    assert sum(rounded[drawn, 0].tolist()) == exact
-    assert float(np.bincount(drawn, minlength=users).astype(float) @ rounded[:, 0]) == exact
 
 
 def test_one_user_has_no_spread() -> None:
@@ -175,9 +129,8 @@ def test_no_targets() -> None:
         estimate(np.array([], dtype=np.int64), np.array([], dtype=np.int64), DEFAULT)
 
 
-def test_history_buckets() -> None:
-    lengths = np.array([0, 1, 4, 5, 19, 20, 49, 50, 199, 200, 499, 500, 999, 1000, 10**9])
-    labels = [bucket_label(int(bucket)) for bucket in history_bucket(lengths)]
-    assert labels[0] == "0"
-    expected = ["1-4", "5-19", "20-49", "50-199", "200-499", "500-999", "1000+"]
-    assert labels[1:] == [label for label in expected for _ in range(2)]
+def test_a_metric_is_one_entry_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = RankMetric(lambda ranks: ranks**-2, "share", "higher")
+    monkeypatch.setitem(RANK_METRICS, "Square", entry)  # type: ignore[arg-type]
+    found = estimate(np.array([1, 2]), np.array([0, 1]), [Metric("Square", 5)])
+    assert found["Square@5"].mean == 0.625

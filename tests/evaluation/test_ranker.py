@@ -7,13 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everlong.evaluation.ranker import (
-    Ranked,
-    auc,
-    by_history_length,
-    calibration_error,
-    evaluate_ranking,
-)
+from everlong.evaluation import candidates
+from everlong.evaluation.candidates import Candidates, Ranked, grouped_auc
+from everlong.evaluation.interval import estimates
+from everlong.evaluation.metrics import CANDIDATE_METRICS
+from everlong.evaluation.ranker import by_history_length, evaluate_ranking
 
 
 def pairs_in_order(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -41,7 +39,19 @@ def random_ranked(seed: int, unknown: float = 0.2) -> Ranked:
 @given(pairs=st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1)), min_size=1, max_size=20))
 def test_auc_counts_pairs_with_ties_half(pairs: list[tuple[int, int]]) -> None:
     scores, labels = (np.array(column) for column in zip(*pairs, strict=True))
-    np.testing.assert_allclose(auc(scores.astype(float), labels), pairs_in_order(scores, labels))
+    expected = pairs_in_order(scores, labels)
+    one_group = np.zeros(len(scores), dtype=np.int64)
+    found = grouped_auc(scores.astype(float), labels > 0, one_group, 1)
+    np.testing.assert_allclose(found[0], expected)
+    # by sums over users, here one a candidate
+    everyone = replace(
+        one_request(scores.tolist(), labels.tolist()),
+        request=np.arange(len(scores)),
+        user=np.arange(len(scores)),
+        history_lengths=one_group,
+    )
+    totals = candidates.auc(Candidates.of(everyone))
+    np.testing.assert_allclose(totals.value(totals.columns.sum(0)), expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,7 +93,7 @@ def test_all_metrics_are_their_definitions(seed: int) -> None:
     }
     for name, value in expected.items():
         np.testing.assert_allclose(found.metrics[name].mean, value, err_msg=name)
-    for name in ("GAUC", "NDCG@3", "LogLoss"):
+    for name in ("AUC", "GAUC", "NDCG@3", "LogLoss"):
         low, high = found.metrics[name].low, found.metrics[name].high
         assert low <= found.metrics[name].mean <= high
 
@@ -122,6 +132,13 @@ def test_groups_of_equal_labels_are_skipped_and_counted() -> None:
     assert np.isnan(alone.metrics["AUC"].mean)
     table = by_history_length(ranked)
     assert table["history"].unique(maintain_order=True).to_list() == ["1-4", "500-999"]
+
+
+def calibration_error(chance: np.ndarray, labels: np.ndarray) -> float:
+    """The metric of given chances."""
+    logits = np.log(chance) - np.log1p(-chance)
+    totals = candidates.calibration_error(Candidates.of(one_request(logits, labels)))
+    return float(totals.value(totals.columns.sum(0)))
 
 
 def test_calibration_error_is_nothing_where_chances_are_right() -> None:
@@ -167,6 +184,7 @@ def test_calibration_error_is_of_ten_bins_and_not_of_the_order_of_rows() -> None
     assert calibration_error(np.full(100, 0.5), np.repeat([0.0, 1.0], 50)) == 0
     # wrong by a quarter within halves, in both directions: two bins would not see it
     chance = np.linspace(0.01, 0.99, 20)
+    chance = 0.25 + chance / 2
     labels = np.tile([0.25, 0.25, -0.25, -0.25], 5) + chance
     np.testing.assert_allclose(calibration_error(chance, labels), 0.25)
 
@@ -187,3 +205,39 @@ def test_intervals_are_as_wide_as_theory_says() -> None:
     table = by_history_length(ranked)
     sizes = table.filter(table["metric"] == "AUC")["candidates"].to_list()
     assert sizes == [1, 4, 15, 30, 150, 200]
+
+
+def test_the_interval_of_auc_is_that_of_whole_users() -> None:
+    generator = np.random.default_rng(0)
+    user = np.repeat(np.arange(150), 6)
+    # what a user likes is in both scores and labels, so that candidates of a user are alike
+    taste = generator.normal(size=150)[user]
+    labels = (generator.random(900) < 1 / (1 + np.exp(-taste))).astype(float)
+    logits = taste + generator.normal(size=900)
+    ranked = Ranked(
+        logits=logits,
+        labels=labels,
+        request=np.arange(900),
+        user=user,
+        history_lengths=np.zeros(900, dtype=np.int64),
+    )
+    found = evaluate_ranking(ranked).metrics["AUC"]
+    values = []
+    for _ in range(300):
+        drawn = generator.integers(150, size=150)
+        rows = np.concatenate([np.flatnonzero(user == one) for one in drawn])
+        values.append(pairs_in_order(logits[rows], labels[rows]))
+    low, high = np.quantile(values, [0.025, 0.975])
+    width = high - low
+    assert found.low == pytest.approx(low, abs=0.15 * width)
+    assert found.high == pytest.approx(high, abs=0.15 * width)
+
+
+def test_every_metric_says_its_unit_and_which_values_are_better() -> None:
+    shown = Candidates.of(random_ranked(0))
+    assert {metric.best for metric in CANDIDATE_METRICS.values()} == {"higher", "lower", "one"}
+    totals = {name: metric.totals(shown, 3) for name, metric in CANDIDATE_METRICS.items()}
+    for name, value in estimates(totals).items():
+        assert value.low <= value.high, name
+        if CANDIDATE_METRICS[name].unit == "share":
+            assert 0 <= value.low <= value.high <= 1, name

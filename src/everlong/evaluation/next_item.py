@@ -15,19 +15,9 @@ from everlong.data.arrays import IntArray
 from everlong.data.dataset import gather
 from everlong.data.events import Events
 from everlong.data.split import Targets
-from everlong.evaluation.metrics import (
-    DEFAULT,
-    LEVEL,
-    RESAMPLES,
-    SEED,
-    Estimate,
-    Metric,
-    bucket_label,
-    estimate,
-    history_bucket,
-    parse_metric,
-    user_means,
-)
+from everlong.evaluation import history
+from everlong.evaluation.interval import METHOD, Estimate
+from everlong.evaluation.metrics import DEFAULT, Metric, estimate, parse_metric, user_means
 from everlong.inference.encode import EVENTS_PER_BATCH, Progress, encode_histories
 from everlong.inference.retriever import Retriever
 from everlong.inference.seen import MemorySeen
@@ -87,16 +77,13 @@ class Evaluation:
         ``history`` is the range of past events before the target. Buckets without targets are
         left out. A user whose history grows from one bucket into the next counts in both.
         """
-        buckets = history_bucket(self.history_lengths)
-        rows = []
-        for bucket in np.unique(buckets):
-            inside = buckets == bucket
-            users = self.users[inside]
-            facts = (bucket_label(int(bucket)), np.unique(users).size, users.size)
-            estimates = estimate(self.ranks[inside], users, self._parsed())
-            rows += [(*facts, name, *value) for name, value in estimates.items()]
-        names = ["history", "users", "targets", "metric", "mean", "low", "high"]
-        return pl.DataFrame(rows, schema=names, orient="row")
+
+        def measure(mask: history.Mask) -> history.Measured:
+            users = self.users[mask]
+            estimates = estimate(self.ranks[mask], users, self._parsed())
+            return history.Measured(np.unique(users).size, users.size, estimates)
+
+        return history.by_history_length(self.history_lengths, "targets", measure)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the single ranks, as plain values for a results file."""
@@ -107,7 +94,7 @@ class Evaluation:
             "seen": self.seen,
             "ties": "lower item row first, as served",
             "masked_targets": self.masked_targets,
-            "interval": f"{LEVEL:.0%} bootstrap over users, {RESAMPLES} resamples, seed {SEED}",
+            "interval": METHOD,
             "metrics": {name: value._asdict() for name, value in self.metrics.items()},
             "by_history_length": self.by_history_length().to_dicts(),
         }

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from everlong.data.events import Events
 from everlong.data.requests import RequestDataset, Requests
-from everlong.evaluation.ranker import Ranked
+from everlong.evaluation.candidates import Ranked
 from everlong.inference.encode import encode_histories
 from everlong.models.device import serving
 from everlong.models.ranker import Ranker
