@@ -38,7 +38,7 @@ from everlong.evaluation.next_item import evaluate
 from everlong.inference.encode import encode_histories
 from everlong.inference.topk import mask_items, rank_of
 from everlong.models.device import serving
-from everlong.models.persrec_paper import PaperPerSRec
+from everlong.models.persrec_paper import PublishedPerSRecHSTU
 from everlong.models.registry import config_class, load_model_class
 from everlong.models.state import put, take
 from everlong.models.user_model import UserModel
@@ -196,7 +196,7 @@ def one(
         validate=lambda trained: measure(trained, parts),
     )
     found: dict[str, Any] = measure(model, parts, test=True)
-    if ablation == "gap" and isinstance(model, PaperPerSRec):
+    if ablation == "gap" and isinstance(model, PublishedPerSRecHSTU):
         found["by age"] = {str(age): at_age(model, parts, age) for age in setting.ages}
     return found
 
@@ -209,7 +209,7 @@ def measure(model: UserModel, parts: Split, *, test: bool = False) -> dict[str, 
     return {name: value.mean for name, value in found.metrics.items()}
 
 
-def at_age(model: PaperPerSRec, parts: Split, age: int) -> float:
+def at_age(model: PublishedPerSRecHSTU, parts: Split, age: int) -> float:
     """NDCG@10 of the test targets when the summary was made so many events ago.
 
     The recent events are always the last r; what came between is in neither.

@@ -22,13 +22,13 @@ import torch
 import typer
 
 from everlong.ops import pointwise_attention as module
+from everlong.ops.attention_mask import MaskRuns, block_mask, split_runs
 from everlong.ops.pointwise_attention import (
     RelativeBias,
     dense_attention,
     elapsed_bucket,
     pointwise_attention,
 )
-from everlong.ops.spans import Spans, make_plan, split_runs
 from record import peak_mib, write_result
 
 HEADS, SIZE, ROUNDS = 2, 32, 5
@@ -73,13 +73,13 @@ def calls(length: int) -> dict[str, Callable[[], None]]:
     place = torch.arange(length)
     times = place * 3_600
     _, begin, queries = split_runs(torch.tensor([length]))
-    spans = Spans(begin * 0, begin, queries, begin, begin * 0)
-    plan = make_plan(spans, lambda owner, column: owner + column)
+    spans = MaskRuns(begin * 0, begin, queries, begin, begin * 0)
+    mask = block_mask(spans, lambda owner, column: owner + column)
     bias = RelativeBias(distance, elapsed, times, times)
 
     def blocks(fused: bool) -> None:
         before, module._fused = module._fused, lambda scores: fused
-        pointwise_attention(query, key, value, plan, bias).backward(gradient)
+        pointwise_attention(query, key, value, mask, bias).backward(gradient)
         module._fused = before
 
     def published() -> None:

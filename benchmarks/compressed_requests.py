@@ -39,12 +39,12 @@ from everlong.models.hllm import HLLM, HLLMConfig
 from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.persrec import PerSRec, PerSRecConfig
 from everlong.models.persrec_hllm import (
-    PaperPerSRecHLLM,
-    PaperPerSRecHLLMConfig,
     PerSRecHLLM,
     PerSRecHLLMConfig,
+    PublishedPerSRecHLLM,
+    PublishedPerSRecHLLMConfig,
 )
-from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
+from everlong.models.persrec_paper import PublishedPerSRecHSTU, PublishedPerSRecHSTUConfig
 from everlong.models.state import bytes_per_user
 from everlong.models.user_model import UserModel
 from record import write_result
@@ -64,7 +64,7 @@ class Family(NamedTuple):
 
 OVER_HSTU = Family(
     (HSTU, HSTUConfig),
-    (PaperPerSRec, PaperPerSRecConfig),
+    (PublishedPerSRecHSTU, PublishedPerSRecHSTUConfig),
     (PerSRec, PerSRecConfig),
     {
         "3 layers, 2 heads": {"layers": 3, "heads": 2, "dim": 64},
@@ -73,7 +73,7 @@ OVER_HSTU = Family(
 )
 OVER_HLLM = Family(
     (HLLM, HLLMConfig),
-    (PaperPerSRecHLLM, PaperPerSRecHLLMConfig),
+    (PublishedPerSRecHLLM, PublishedPerSRecHLLMConfig),
     (PerSRecHLLM, PerSRecHLLMConfig),
     {
         "2 layers of 64": {"layers": 2, "heads": 2, "dim": 64},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.models.lru import LRU, Block
+from everlong.models.lru import LRU, LRUBlock
 
 
 class PublishedLRU(nn.Module):
@@ -54,7 +54,7 @@ class PublishedLRU(nn.Module):
 class PublishedBlock(nn.Module):
     """One block, with complex projections and the recursion over a padded row."""
 
-    def __init__(self, block: Block, dropout: float, recurrence_dropout: float) -> None:
+    def __init__(self, block: LRUBlock, dropout: float, recurrence_dropout: float) -> None:
         super().__init__()
         recurrence = block.recurrence
         names = ("nu_log", "theta_log", "gamma_log")

@@ -18,10 +18,10 @@ from everlong.models.batch import Batch
 from everlong.models.decoder import Decoder, DecoderConfig
 from everlong.models.hllm import HLLM, HLLMConfig
 from everlong.models.persrec_hllm import (
-    PaperPerSRecHLLM,
-    PaperPerSRecHLLMConfig,
     PerSRecHLLM,
     PerSRecHLLMConfig,
+    PublishedPerSRecHLLM,
+    PublishedPerSRecHLLMConfig,
 )
 from everlong.text.pretrained import decoder_architecture, load_decoder
 
@@ -100,10 +100,10 @@ def test_computes_what_transformers_computes(language_model: Path) -> None:
     torch.testing.assert_close(unit(outputs), unit(torch.cat(found)), rtol=1e-6, atol=1e-7)
 
 
-def paper(language_model: Path, placement: tuple[tuple[int, int], ...]) -> PaperPerSRecHLLM:
+def paper(language_model: Path, placement: tuple[tuple[int, int], ...]) -> PublishedPerSRecHLLM:
     shape = {"num_items": ITEMS, "dropout": 0.0, **decoder_architecture(language_model)}
-    config = PaperPerSRecHLLMConfig(**shape, placement=placement, recent=4)
-    model = PaperPerSRecHLLM(config).eval()
+    config = PublishedPerSRecHLLMConfig(**shape, placement=placement, recent=4)
+    model = PublishedPerSRecHLLM(config).eval()
     load_decoder(model.reader.backbone, language_model)  # type: ignore[arg-type]
     model = model.double()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch.nn import functional
 from everlong.models import state as states
 from everlong.models.batch import Batch
 from everlong.models.hstu import HSTU, HSTUConfig
-from everlong.models.ring import next_times, numbers
+from everlong.models.ring import numbers
 from everlong.ops.pointwise_attention import elapsed_bucket
 from everlong.testing import check_model
 
@@ -139,13 +139,13 @@ def test_temperature_is_learned_only_if_asked() -> None:
     for learned in (False, True):
         model = made(learn_temperature=learned)
         (model.score_vectors(model(events)) * weights).sum().backward()
-        assert (model.backbone.log_sharpness_bias.grad is not None) == learned
+        assert (model.backbone.log_inverse_temperature.grad is not None) == learned
 
 
 def test_numbers_and_next_times() -> None:
     batch = Batch.from_histories([[1, 2], [], [3, 4, 5]], [[10, 20], [], [1, 2, 3]])
     assert numbers(batch, torch.tensor([0, 4, 7])).tolist() == [0, 1, 7, 8, 9]
-    assert next_times(batch).tolist() == [20, 20, 2, 3, 3]
+    assert batch.next_times.tolist() == [20, 20, 2, 3, 3]
 
 
 def test_bytes_of_the_state() -> None:

@@ -12,17 +12,9 @@ from torch import Tensor
 from everlong.models import state as states
 from everlong.models.batch import Batch
 from everlong.models.hstu import HSTU, HSTUConfig
-from everlong.models.persrec import (
-    PerSRec,
-    PerSRecConfig,
-    Segments,
-    Slots,
-    item_plan,
-    runs,
-    token_plan,
-)
-from everlong.models.persrec_paper import Cuts as PaperCuts
-from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
+from everlong.models.persrec import PerSRec, PerSRecConfig
+from everlong.models.persrec_core import Segments, Slots, event_blocks, runs, token_blocks
+from everlong.models.persrec_paper import Cuts, PublishedPerSRecHSTU, PublishedPerSRecHSTUConfig
 from everlong.models.user_model import UserModel
 from everlong.ops.pointwise_attention import Blocks
 from everlong.testing import check_model
@@ -71,10 +63,10 @@ def segments_of(parts: Sequence[tuple[int, int]]) -> Segments:
     )
 
 
-def visible(plan: Sequence[Blocks], size: int) -> Tensor:
+def visible(blocks: Sequence[Blocks], size: int) -> Tensor:
     """``[size, size]`` who sees whom."""
     seen = torch.zeros(size, size, dtype=torch.int64)
-    for block in plan:
+    for block in blocks:
         for keys, queries, first, stop, valid in zip(
             block.keys, block.queries, block.first, block.stop, block.valid, strict=True
         ):
@@ -87,13 +79,13 @@ def mask(parts: Sequence[tuple[int, int]]) -> Tensor:
     """Who sees whom, in the order of the history: events and, after them, their tokens."""
     segments = segments_of(parts)
     slots = Slots.of(segments)
-    plan = [*item_plan(segments, slots, segments.asked), *token_plan(segments, slots)]
-    total = slots.num_items + slots.token_place.numel()
+    blocks = [*event_blocks(segments, slots, segments.asked), *token_blocks(segments, slots)]
+    total = slots.num_items + slots.token_position.numel()
     order, item, token = [], 0, slots.num_items
     for events, tokens in parts:
         order += [*range(item, item + events), *range(token, token + tokens)]
         item, token = item + events, token + tokens
-    return visible(plan, total)[order][:, order]
+    return visible(blocks, total)[order][:, order]
 
 
 def as_mask(text: str) -> Tensor:
@@ -131,7 +123,7 @@ def test_mask_of_two_segments() -> None:
 
 
 def laid_out(
-    model: PerSRec | PaperPerSRec, batch: Batch, *, train: bool = False
+    model: PerSRec | PublishedPerSRecHSTU, batch: Batch, *, train: bool = False
 ) -> tuple[Tensor, Segments, Slots]:
     """The mask that a model builds for a batch of one user, and what it is built from."""
     caught: list[Segments] = []
@@ -140,16 +132,16 @@ def laid_out(
     hook.remove()
     segments = caught[-1]
     slots = Slots.of(segments)
-    plan = [
-        *item_plan(segments, slots, torch.zeros_like(segments.asked)),
-        *token_plan(segments, slots),
+    blocks = [
+        *event_blocks(segments, slots, torch.zeros_like(segments.asked)),
+        *token_blocks(segments, slots),
     ]
     order: list[int] = []
     for number in range(segments.length.numel()):
         item, token = int(slots.start[number]), slots.num_items + int(slots.token_start[number])
         order += range(item, item + int(segments.length[number]))
         order += range(token, token + int(segments.tokens[number]))
-    seen = visible(plan, slots.num_items + slots.token_place.numel())
+    seen = visible(blocks, slots.num_items + slots.token_position.numel())
     return seen[order][:, order], segments, slots
 
 
@@ -157,16 +149,16 @@ def minutes(length: int) -> Batch:
     return Batch.from_histories([history(length)], [list(range(0, 10 * length, 10))])
 
 
-def paper(**settings: object) -> PaperPerSRec:
-    config = PaperPerSRecConfig(num_items=ITEMS, **SIZES, **settings)  # type: ignore[arg-type]
-    return PaperPerSRec(config).double().eval()
+def paper(**settings: object) -> PublishedPerSRecHSTU:
+    config = PublishedPerSRecHSTUConfig(num_items=ITEMS, **SIZES, **settings)  # type: ignore[arg-type]
+    return PublishedPerSRecHSTU(config).double().eval()
 
 
 def test_the_paper_schedule_builds_the_masks_of_the_paper() -> None:
     seen, segments, slots = laid_out(paper(placement=((3, 2),), recent=3), minutes(6))
     assert seen.equal(mask([(3, 2), (3, 0)]))
     assert slots.token_times.tolist() == [20, 20]
-    assert slots.token_place.tolist() == [3, 4]
+    assert slots.token_position.tolist() == [3, 4]
     assert segments.token_rows.tolist() == [0, 1]
     several = paper(placement=((2, 1), (4, 2)), recent=2)
     seen, segments, slots = laid_out(several, minutes(6))
@@ -177,7 +169,7 @@ def test_the_paper_schedule_builds_the_masks_of_the_paper() -> None:
 
 def test_recent_events_do_not_see_the_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     model = paper(placement=((3, 2),), recent=2, max_gap=2).train()
-    monkeypatch.setattr(model, "_random_cuts", lambda held: PaperCuts(held, held - 4, held - 2))
+    monkeypatch.setattr(model, "_random_cuts", lambda held: Cuts(held, held - 4, held - 2))
     seen, _, _ = laid_out(model, minutes(7), train=True)
     assert seen.equal(mask([(3, 2), (2, 0), (2, 0)]))
 
@@ -187,7 +179,7 @@ def test_the_stream_builds_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> No
     seen, segments, slots = laid_out(model, minutes(5))
     assert seen.equal(mask([(3, 2), (2, 0)]))
     assert slots.token_times.tolist() == [20, 20]
-    assert slots.token_place.tolist() == [3, 4]
+    assert slots.token_position.tolist() == [3, 4]
     assert segments.token_rows.tolist() == [0, 1]
     # a first segment that lacks its first event, as training draws it
     monkeypatch.setattr(model, "_skipped", lambda state: torch.ones_like(state.filled))
@@ -203,8 +195,8 @@ def test_a_request_computes_the_pairs_of_the_paper() -> None:
     segments = segments_of([(recent, 0)])._replace(
         columns=torch.arange(tokens)[None], hidden=rows * 0
     )
-    plan = item_plan(segments, Slots.of(segments), segments.asked)
-    pairs = sum(int(((b.stop - b.first) * b.valid).sum()) for b in plan)
+    blocks = event_blocks(segments, Slots.of(segments), segments.asked)
+    pairs = sum(int(((b.stop - b.first) * b.valid).sum()) for b in blocks)
     assert pairs == recent * tokens + recent * (recent + 1) // 2 == 33_920
     total = past + recent
     assert pairs / (total * (total + 1) / 2) < 0.042

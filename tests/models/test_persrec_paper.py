@@ -7,7 +7,7 @@ from torch import Tensor
 
 from everlong.models import state as states
 from everlong.models.batch import Batch
-from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
+from everlong.models.persrec_paper import PublishedPerSRecHSTU, PublishedPerSRecHSTUConfig
 from everlong.testing import check_model
 
 ITEMS = 9
@@ -15,12 +15,12 @@ SIZES = {"dim": 8, "heads": 2, "layers": 2, "dropout": 0.0}
 ONE, TWO = ((4, 2),), ((3, 1), (6, 2))
 
 
-def made(*, seed: int = 0, **settings: object) -> PaperPerSRec:
+def made(*, seed: int = 0, **settings: object) -> PublishedPerSRecHSTU:
     """A small model in float64 whose tokens and biases are large enough to matter."""
     torch.manual_seed(seed)
     shape = {"placement": TWO, "recent": 3}
-    config = PaperPerSRecConfig(num_items=ITEMS, **{**SIZES, **shape, **settings})  # type: ignore[arg-type]
-    model = PaperPerSRec(config)
+    config = PublishedPerSRecHSTUConfig(num_items=ITEMS, **{**SIZES, **shape, **settings})  # type: ignore[arg-type]
+    model = PublishedPerSRecHSTU(config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.2 * torch.randn_like(parameter)
@@ -31,7 +31,7 @@ def history(length: int, seed: int = 0) -> list[int]:
     return torch.randint(ITEMS, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def scores_of(model: PaperPerSRec, items: list[int]) -> Tensor:
+def scores_of(model: PublishedPerSRecHSTU, items: list[int]) -> Tensor:
     return model.score(model.encode(Batch.from_histories([items]))[1])
 
 
@@ -124,9 +124,9 @@ def test_training_draws_cuts_and_gaps() -> None:
 
 
 def test_bytes_of_the_state() -> None:
-    config = PaperPerSRecConfig(num_items=5, placement=((1_024, 4),), recent=256)
+    config = PublishedPerSRecHSTUConfig(num_items=5, placement=((1_024, 4),), recent=256)
     expected = 8 * 2 * 4 * 64 + 8 * 4 + 12 * (1_024 + 256) + 24
-    assert states.bytes_per_user(PaperPerSRec(config).initial_state(1)) == expected
+    assert states.bytes_per_user(PublishedPerSRecHSTU(config).initial_state(1)) == expected
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 4])
@@ -153,4 +153,4 @@ def test_short_histories(length: int) -> None:
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PaperPerSRecConfig(num_items=5, **settings)  # type: ignore[arg-type]
+        PublishedPerSRecHSTUConfig(num_items=5, **settings)  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ class Case(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    plan: list[Blocks]
+    mask: list[Blocks]
     bias: RelativeBias | None
 
     def leaves(self) -> list[Tensor]:
@@ -53,7 +53,7 @@ def random_plan(generator: torch.Generator, queries: int, keys: int, groups: int
     def whole(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
 
-    left, plan = torch.randperm(queries, generator=generator), []
+    left, mask = torch.randperm(queries, generator=generator), []
     for _ in range(groups):
         number, wide, columns = (int(whole(1, high, 1)) for high in (4, 5, 9))
         taken, left = left[: number * wide], left[number * wide :]
@@ -62,7 +62,7 @@ def random_plan(generator: torch.Generator, queries: int, keys: int, groups: int
         rows = whole(0, max(queries, 1), number * wide)
         rows[: len(taken)] = taken
         first = whole(0, columns + 1, number, wide)
-        plan.append(
+        mask.append(
             Blocks(
                 rows.view(number, wide),
                 whole(0, keys, number, columns),
@@ -72,7 +72,7 @@ def random_plan(generator: torch.Generator, queries: int, keys: int, groups: int
                 valid.view(number, wide),
             )
         )
-    return plan
+    return mask
 
 
 def make(
@@ -103,7 +103,7 @@ def make(
 
 def outcome(form: Attention, case: Case, weights: Tensor) -> list[Tensor]:
     """The output and the gradients of all inputs."""
-    output = form(case.query, case.key, case.value, case.plan, case.bias)
+    output = form(case.query, case.key, case.value, case.mask, case.bias)
     found = torch.autograd.grad(
         (output * weights).sum() + 0 * sum(leaf.sum() for leaf in case.leaves()), case.leaves()
     )
@@ -140,14 +140,14 @@ def test_all_forms_agree_in_values_and_gradients(case: Case, chunk: int, fused: 
 
 def causal(length: int, block: int = 4) -> list[Blocks]:
     """One history, ``block`` queries at a time."""
-    plan = []
+    mask = []
     for start in range(0, length, block):
         stop = min(start + block, length)
         rows = torch.arange(start, stop)[None]
-        plan.append(
+        mask.append(
             Blocks(rows, torch.arange(stop)[None], rows * 0, rows + 1, torch.ones_like(rows).bool())
         )
-    return plan
+    return mask
 
 
 def test_the_published_form_agrees(attention: Attention) -> None:
@@ -168,13 +168,13 @@ def test_by_hand(attention: Attention) -> None:
     query, key = torch.ones(1, 1, 1).double(), torch.tensor([1.0, 2.0]).view(2, 1, 1).double()
     value = torch.tensor([10.0, 100.0]).view(2, 1, 1).double()
     rows = torch.zeros(1, 1, dtype=torch.int64)
-    plan = [Blocks(rows, torch.tensor([[0, 1]]), rows, rows + 2, rows == 0)]
+    mask = [Blocks(rows, torch.tensor([[0, 1]]), rows, rows + 2, rows == 0)]
     distance = torch.tensor([0.5, 0.0]).double()
     times = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     bias = RelativeBias(distance, torch.zeros(64).double(), *times)
     silu = lambda x: x / (1 + math.exp(-x))
     expected = (silu(1.0) * 10 + silu(2.5) * 100) / 2
-    assert float(attention(query, key, value, plan, bias)) == pytest.approx(expected, rel=1e-12)
+    assert float(attention(query, key, value, mask, bias)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_gradients_by_differences(attention: Attention) -> None:
@@ -183,7 +183,7 @@ def test_gradients_by_differences(attention: Attention) -> None:
     times = case.bias.query_times, case.bias.key_times
 
     def run(query: Tensor, key: Tensor, value: Tensor, distance: Tensor, elapsed: Tensor) -> Tensor:
-        return attention(query, key, value, case.plan, RelativeBias(distance, elapsed, *times))
+        return attention(query, key, value, case.mask, RelativeBias(distance, elapsed, *times))
 
     assert torch.autograd.gradcheck(run, case.leaves())
 
@@ -208,22 +208,22 @@ def test_the_fused_loop_has_the_same_buckets() -> None:
     number = seconds.numel()
     one = torch.zeros(number, 1, dtype=torch.int64)
     rows = torch.arange(number)[:, None]
-    plan = [Blocks(rows, one, one, one + 1, one == 0)]
+    mask = [Blocks(rows, one, one, one + 1, one == 0)]
     bias = RelativeBias(
         torch.zeros(1), 100.0 + torch.arange(64.0), seconds, torch.zeros(1, dtype=torch.int64)
     )
     zero, value = torch.zeros(number, 1, 1), torch.ones(1, 1, 1)
-    found = pointwise_attention(zero, value * 0, value, plan, bias)
+    found = pointwise_attention(zero, value * 0, value, mask, bias)
     assert (found.flatten() - 100).round().long().equal(elapsed_bucket(seconds))
 
 
 def test_what_sees_nothing_is_zero_and_has_no_gradient(attention: Attention) -> None:
     case = make(5, queries=4, keys=3, groups=0, biased=True, dtype=torch.float32)
     rows = torch.tensor([[0, 1]])
-    plan = [
+    mask = [
         Blocks(rows, torch.tensor([[0, 1, 2]]), rows * 0 + 2, rows * 0 + 2, torch.ones(1, 2).bool())
     ]
-    for blocks in ([], plan):
+    for blocks in ([], mask):
         output = attention(case.query, case.key, case.value, blocks, case.bias)
         assert not output.any()
         (gradient,) = torch.autograd.grad(output.sum(), case.query)
@@ -232,10 +232,10 @@ def test_what_sees_nothing_is_zero_and_has_no_gradient(attention: Attention) -> 
 
 def test_large_scores_saturate_and_nan_passes_through(attention: Attention) -> None:
     rows = torch.arange(4)[:, None]
-    plan = [Blocks(rows, rows, rows * 0, rows * 0 + 1, rows >= 0)]
+    mask = [Blocks(rows, rows, rows * 0, rows * 0 + 1, rows >= 0)]
     query = torch.tensor([1e4, -1e4, 1e30, float("nan")]).view(4, 1, 1).requires_grad_()
     one = torch.ones(4, 1, 1)
-    output = attention(query, one, one, plan)
+    output = attention(query, one, one, mask)
     assert output[:3].flatten().tolist() == pytest.approx([1e4, 0.0, 1e30], rel=1e-6, abs=1e-30)
     assert output[3].isnan().all()
     (gradient,) = torch.autograd.grad(output[:3].sum(), query)
@@ -245,9 +245,9 @@ def test_large_scores_saturate_and_nan_passes_through(attention: Attention) -> N
 def test_exponentials_are_exact_to_float32() -> None:
     scores = torch.cat([torch.linspace(-80, 80, 20_001), torch.linspace(-1, 1, 2_001)])
     rows = torch.arange(scores.numel())[:, None]
-    plan = [Blocks(rows, rows * 0, rows * 0, rows * 0 + 1, rows >= 0)]
+    mask = [Blocks(rows, rows * 0, rows * 0, rows * 0 + 1, rows >= 0)]
     one = torch.ones(1, 1, 1)
-    found = pointwise_attention(scores.view(-1, 1, 1), one, one, plan).flatten().double()
+    found = pointwise_attention(scores.view(-1, 1, 1), one, one, mask).flatten().double()
     expected = scores.double() * scores.double().sigmoid()
     assert ((found - expected).abs() <= 4e-7 * expected.abs() + 1e-37).all()
 
@@ -266,9 +266,9 @@ def test_narrow_inputs_are_computed_wide(attention: Attention) -> None:
 def test_autocast_changes_nothing(attention: Attention) -> None:
     case = make(8, queries=9, keys=9, groups=0, biased=True, dtype=torch.float32)
     weights = torch.ones_like(case.query)
-    plain = outcome(attention, case._replace(plan=causal(9)), weights)
+    plain = outcome(attention, case._replace(mask=causal(9)), weights)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = outcome(attention, case._replace(plan=causal(9)), weights)
+        cast = outcome(attention, case._replace(mask=causal(9)), weights)
     for a, b in zip(plain, cast, strict=True):
         assert torch.equal(a, b)
 
@@ -276,7 +276,7 @@ def test_autocast_changes_nothing(attention: Attention) -> None:
 def test_equal_bits_again_and_with_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.fused, "PARALLEL_SCORES", 0)
     case = make(9, queries=60, keys=60, groups=0, biased=True, dtype=torch.float32)
-    case = case._replace(plan=causal(60))
+    case = case._replace(mask=causal(60))
     weights = torch.ones_like(case.query)
     threads, found = numba.get_num_threads(), []
     for number in (1, 1, min(2, numba.config.NUMBA_NUM_THREADS)):
@@ -326,10 +326,10 @@ def test_what_does_not_fit_is_refused(
     shapes: Sequence[tuple[int, ...]], bias: RelativeBias | None, message: str
 ) -> None:
     tensors = [torch.zeros(shape) for shape in shapes]
-    plan = [Blocks(ROWS, ROWS, ROWS, ROWS + 1, ROWS == 0)]
+    mask = [Blocks(ROWS, ROWS, ROWS, ROWS + 1, ROWS == 0)]
     for form in (pointwise_attention, reference_attention):
         with pytest.raises(ValueError, match=message):
-            form(*tensors, plan, bias)
+            form(*tensors, mask, bias)
 
 
 def test_mixed_dtypes_are_refused() -> None:

@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.nn import functional
 
 from everlong.ops import softmax_attention as module
+from everlong.ops.attention_mask import MaskRuns, block_mask
 from everlong.ops.pointwise_attention import Blocks
 from everlong.ops.softmax_attention import (
     reference_softmax_attention,
     rotated,
     softmax_attention,
 )
-from everlong.ops.spans import Spans, make_plan
 
 FREQUENCIES = torch.tensor([1.0, 0.1], dtype=torch.float64)
 
 
 def random_blocks(generator: torch.Generator, queries: int, keys: int) -> list[Blocks]:
     """Each query in one place at most; some places are padding, some see nothing."""
-    order, plan = torch.randperm(queries, generator=generator), []
+    order, mask = torch.randperm(queries, generator=generator), []
     while order.numel():
         rows, width, columns = (
             int(torch.randint(1, most, (), generator=generator)) for most in (4, 4, 7)
@@ -34,7 +34,7 @@ def random_blocks(generator: torch.Generator, queries: int, keys: int) -> list[B
         valid = torch.arange(rows * width) < taken.numel()
         first = torch.randint(0, columns + 1, (rows, width), generator=generator)
         extra = torch.randint(-1, columns + 1, (rows, width), generator=generator)
-        plan.append(
+        mask.append(
             Blocks(
                 place.view(rows, width),
                 torch.randint(0, keys, (rows, columns), generator=generator),
@@ -43,7 +43,7 @@ def random_blocks(generator: torch.Generator, queries: int, keys: int) -> list[B
                 valid.view(rows, width),
             )
         )
-    return plan
+    return mask
 
 
 @settings(max_examples=40)
@@ -53,17 +53,17 @@ def test_agrees_with_the_reference_in_values_and_gradients(
     seed: int, heads: tuple[int, int], chunk: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    plan = random_blocks(generator, 9, 7)
+    mask = random_blocks(generator, 9, 7)
     leaves = [
         torch.randn(n, h, 4, generator=generator, dtype=torch.float64).requires_grad_()
         for n, h in ((9, heads[0]), (7, heads[1]), (7, heads[1]))
     ]
     before, module.CHUNK_SCORES = module.CHUNK_SCORES, chunk
     try:
-        found = softmax_attention(*leaves, plan, FREQUENCIES)
+        found = softmax_attention(*leaves, mask, FREQUENCIES)
     finally:
         module.CHUNK_SCORES = before
-    expected = reference_softmax_attention(*leaves, plan, FREQUENCIES)
+    expected = reference_softmax_attention(*leaves, mask, FREQUENCIES)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     for a, b in zip(
@@ -77,8 +77,8 @@ def test_agrees_with_the_reference_in_values_and_gradients(
 
 def causal_plan(length: int) -> list[Blocks]:
     zero = torch.zeros(1, dtype=torch.int64)
-    spans = Spans(zero, zero, zero + length, zero, zero)
-    return make_plan(spans, lambda owner, column: column + owner)
+    spans = MaskRuns(zero, zero, zero + length, zero, zero)
+    return block_mask(spans, lambda owner, column: column + owner)
 
 
 def test_is_the_dense_form_on_one_history() -> None:

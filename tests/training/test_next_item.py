@@ -26,7 +26,7 @@ from everlong.models.hstu import HSTU, HSTUConfig
 from everlong.models.lru import LRU, LRUConfig
 from everlong.models.markov import Markov, MarkovConfig
 from everlong.models.persrec import PerSRec, PerSRecConfig
-from everlong.models.persrec_paper import PaperPerSRec, PaperPerSRecConfig
+from everlong.models.persrec_paper import PublishedPerSRecHSTU, PublishedPerSRecHSTUConfig
 from everlong.models.popularity import Popularity, PopularityConfig
 from everlong.models.sasrec import SASRec, SASRecConfig
 from everlong.models.user_model import UserModel
@@ -543,7 +543,10 @@ def test_nothing_to_learn_from_is_an_error() -> None:
         (SASRec, SASRecConfig(num_items=ITEMS, dim=8, heads=2, layers=1, window=12)),
         (HSTU, HSTUConfig(num_items=ITEMS, dim=8, window=12)),
         (PerSRec, PerSRecConfig(num_items=ITEMS, dim=8, segment=6, keep=2)),
-        (PaperPerSRec, PaperPerSRecConfig(num_items=ITEMS, dim=8, placement=((6, 2),), recent=4)),
+        (
+            PublishedPerSRecHSTU,
+            PublishedPerSRecHSTUConfig(num_items=ITEMS, dim=8, placement=((6, 2),), recent=4),
+        ),
     ],
     ids=["gru4rec", "sasrec", "hstu", "persrec", "persrec_paper"],
 )

@@ -55,10 +55,10 @@ class BackboneConfig(ItemConfig):
         return self.dim
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """Which keys each query sees, and when queries and keys are."""
 
-    plan: list[Blocks]
+    blocks: list[Blocks]
     query_times: Tensor  # [N] int64
     key_times: Tensor  # [M] int64
 
@@ -71,7 +71,7 @@ class Layer(nn.Module, ABC):
         """Keys and values ``[N, M]`` of events, from the input of the layer ``[N, D]``."""
 
     @abstractmethod
-    def forward(self, values: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+    def forward(self, values: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
         """The output ``[N, D]`` for inputs ``[N, D]`` that look at keys and values ``[K, M]``."""
 
     @abstractmethod
@@ -94,12 +94,12 @@ class Backbone(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
         nn.init.trunc_normal_(self.start, std=0.02, a=-0.04, b=0.04)
         self.dropout = Dropout(config.dropout)
-        # a bias by name, which weight decay spares
-        sharpness = torch.tensor(-math.log(config.temperature))
-        self.log_sharpness_bias = nn.Parameter(sharpness, requires_grad=config.learn_temperature)
+        # a number and no matrix, so that weight decay spares it
+        start = torch.tensor(-math.log(config.temperature))
+        self.log_inverse_temperature = nn.Parameter(start, requires_grad=config.learn_temperature)
 
-    def enter(self, vectors: Tensor, places: Tensor) -> Tensor:
-        """Inputs ``[N, D]`` of the first layer, from item vectors ``[N, D]`` at places ``[N]``."""
+    def enter(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """First layer's inputs ``[N, D]`` of item vectors ``[N, D]`` at positions ``[N]``."""
         entered: Tensor = self.dropout(vectors)
         return entered
 
@@ -107,18 +107,17 @@ class Backbone(nn.Module):
         """What scores are made of, from the output of the last layer ``[N, D]``."""
         return values
 
-    def nobody(self) -> Tensor:
+    def without_events(self) -> Tensor:
         """The user vector ``[D]`` of users without events: the start vector, which sees nothing."""
         vector: Tensor = self.user_embedding(self.layers[-1].alone(self.start))  # type: ignore[operator]
         return vector
 
     def user_embedding(self, values: Tensor) -> Tensor:
         """User vectors ``[N, D]`` of length 1 / temperature, from the output of the last layer."""
-        log_sharpness = self.log_sharpness_bias
+        log_inverse = self.log_inverse_temperature
         # the bound lets gradients through, so that what has reached it can come back
-        beyond = (log_sharpness - math.log(100.0)).clamp(min=0.0).detach()
-        sharpness = (log_sharpness - beyond).exp()
-        return functional.normalize(self.finish(values), dim=-1) * sharpness
+        beyond = (log_inverse - math.log(100.0)).clamp(min=0.0).detach()
+        return functional.normalize(self.finish(values), dim=-1) * (log_inverse - beyond).exp()
 
     def item_embeddings(self) -> ItemEmbeddings:
         """Item vectors of length 1, without biases."""

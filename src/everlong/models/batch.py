@@ -51,6 +51,18 @@ class Batch:
         rows = torch.arange(self.num_users, device=self.offsets.device)
         return rows.repeat_interleave(self.lengths, output_size=self.num_events)
 
+    @property
+    def next_times(self) -> Tensor:
+        """``[N]`` the time of the user's next event of the batch; of the last event its own."""
+        following = torch.arange(1, self.num_events + 1, device=self.times.device)
+        last = self.offsets[1:][self.lengths > 0] - 1
+        return self.times[following.index_copy(0, last, last)]
+
+    @property
+    def first_times(self) -> Tensor:
+        """``[B]`` the time of each user's first event; of a user without events any time."""
+        return self.times[self.offsets[:-1].clamp(max=self.num_events - 1)]
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return replace(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.models.backbone import Backbone, BackboneConfig, Layer, Sight
+from everlong.models.backbone import AttentionMask, Backbone, BackboneConfig, Layer
 from everlong.ops.dropout import Dropout
 from everlong.ops.softmax_attention import softmax_attention
 
@@ -118,7 +118,7 @@ class DecoderLayer(Layer):
         inner = self.attention_norm(values)
         return self.key(inner).to(values.dtype), self.value(inner).to(values.dtype)
 
-    def forward(self, values: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+    def forward(self, values: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
         """The output ``[N, D]`` for inputs ``[N, D]`` that look at keys and values ``[K, M]``."""
         heads, groups, depth = self.shape
         query = self.query(self.attention_norm(values)).to(values.dtype)
@@ -126,7 +126,7 @@ class DecoderLayer(Layer):
             query.view(-1, heads, depth),
             key.view(-1, groups, depth),
             value.view(-1, groups, depth),
-            sight.plan,
+            mask.blocks,
             self.frequencies,
         )
         values = values + self.dropout(self.leave(mixed.flatten(1)))

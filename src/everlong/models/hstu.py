@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from everlong.models.backbone import Backbone, BackboneConfig, Layer, Sight
+from everlong.models.backbone import AttentionMask, Backbone, BackboneConfig, Layer
 from everlong.models.ring import Ring, RingConfig
 from everlong.ops.dropout import Dropout
 from everlong.ops.pointwise_attention import (
@@ -84,17 +84,17 @@ class HSTULayer(Layer):
         key, value = functional.silu(offered).chunk(2, dim=-1)
         return key, value
 
-    def forward(self, values: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
+    def forward(self, values: Tensor, key: Tensor, value: Tensor, mask: AttentionMask) -> Tensor:
         """The output ``[N, D]`` for inputs ``[N, D]`` that look at keys and values ``[M, D]``."""
         asked = self.ask(self.norm(values)).to(values.dtype)
         gate, query = functional.silu(asked).chunk(2, dim=-1)
         bias = None
         if self.distance_bias is not None and self.elapsed_bias is not None:
-            times = sight.query_times, sight.key_times
+            times = mask.query_times, mask.key_times
             bias = RelativeBias(self.distance_bias, self.elapsed_bias, *times)
         heads = (self.heads, values.shape[-1] // self.heads)
         query, key, value = (part.view(len(part), *heads) for part in (query, key, value))
-        mixed = pointwise_attention(query, key, value, sight.plan, bias).flatten(1)
+        mixed = pointwise_attention(query, key, value, mask.blocks, bias).flatten(1)
         left: Tensor = self.leave(self.dropout(gate * self.mixed_norm(mixed)))
         return values + left
 
@@ -110,24 +110,24 @@ class HSTUBackbone(Backbone):
     Args:
         config: architecture.
         reach: columns that a query may see at most, which is how many distances have a bias.
-        places: positions that have a vector where there is no bias.
+        num_positions: positions that have a vector where there is no bias.
     """
 
-    def __init__(self, config: HSTUBackboneConfig, *, reach: int, places: int) -> None:
+    def __init__(self, config: HSTUBackboneConfig, *, reach: int, num_positions: int) -> None:
         super().__init__(config)
         self.scale = math.sqrt(config.dim)
         # published code: always; the bias already tells the order, and without a limit of length
         self.positions = None
         if not config.relative_bias:
-            self.positions = nn.Parameter(torch.empty(places, config.dim))
+            self.positions = nn.Parameter(torch.empty(num_positions, config.dim))
             nn.init.trunc_normal_(self.positions, std=0.02, a=-0.04, b=0.04)
         self.layers = nn.ModuleList(HSTULayer(config, reach) for _ in range(config.layers))
 
-    def enter(self, vectors: Tensor, places: Tensor) -> Tensor:
-        """Inputs ``[N, D]`` of the first layer, from item vectors ``[N, D]`` at places ``[N]``."""
+    def enter(self, vectors: Tensor, positions: Tensor) -> Tensor:
+        """First layer's inputs ``[N, D]`` of item vectors ``[N, D]`` at positions ``[N]``."""
         values = vectors * self.scale
         if self.positions is not None:
-            values = values + self.positions[places.clamp(max=self.positions.shape[0] - 1)]
+            values = values + self.positions[positions.clamp(max=self.positions.shape[0] - 1)]
         entered: Tensor = self.dropout(values)
         return entered
 
@@ -142,4 +142,6 @@ class HSTU(Ring):
     backbone: HSTUBackbone
 
     def __init__(self, config: HSTUConfig) -> None:
-        super().__init__(config, HSTUBackbone(config, reach=config.window, places=config.window))
+        super().__init__(
+            config, HSTUBackbone(config, reach=config.window, num_positions=config.window)
+        )

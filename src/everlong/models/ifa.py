@@ -234,7 +234,7 @@ class IFA(Ranker[IFAState]):
         held, before = held_by(state), state.events
         for step in one_by_one(events) if self.config.window else ():
             mine, new = states.take(held, step.rows), step.events
-            gone = newest.last_of(new.items, new.times, codes[step.places], new.offsets, 1)
+            gone = newest.last_of(new.items, new.times, codes[step.where], new.offsets, 1)
             mine = newest.remove(mine, before[step.rows], gone)
             held = states.put(held, step.rows, mine)
             before = before.index_add(0, step.rows, torch.full_like(step.rows, -1))
@@ -304,7 +304,7 @@ class IFA(Ranker[IFAState]):
         if items is None:
             items = torch.arange(self.num_items, device=user.device).expand(users, -1)
         count = items.shape[1]
-        places = torch.arange(users + 1, device=user.device) * count
+        offsets = torch.arange(users + 1, device=user.device) * count
 
         def read(layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
             asked = queries.reshape(users, count, *queries.shape[1:])
@@ -312,7 +312,7 @@ class IFA(Ranker[IFAState]):
             mass = torch.einsum("bchf,bhmf->bchm", asked, memory.mass[:, layer])
             return weighted.flatten(0, 1), mass.flatten(0, 1)
 
-        scores = self._rank(items.flatten(), places, memory.context, memory.recent, read)
+        scores = self._rank(items.flatten(), offsets, memory.context, memory.recent, read)
         return scores.reshape(users, count)
 
     def rank(self, batch: RequestBatch) -> Tensor:
@@ -410,7 +410,7 @@ class CandidateLayer(nn.Module):
         self.query = nn.Linear(config.dim, config.dim)
         self.features = FeatureMap(config.feature_map, depth)
         self.mixture = nn.Linear(config.dim, config.heads * len(config.half_lives))
-        # a null event that everyone has: with no other the candidate reads it alone
+        # a null event that every user has: with no other the candidate reads it alone
         self.null_key = nn.Parameter(torch.zeros(config.heads, depth))
         self.null_value = nn.Parameter(torch.zeros(config.heads, depth))
         self.leave = nn.Linear(config.dim + config.heads, config.dim)

@@ -89,7 +89,7 @@ class LRU(UserModel[LRUState]):
         self.item_bias = nn.Parameter(torch.empty(config.num_items))
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(LRUBlock(config) for _ in range(config.layers))
         self._kept: tuple[object, StepParameters] | None = None
         self._initialise()
 
@@ -203,7 +203,7 @@ class LRU(UserModel[LRUState]):
         return ItemEmbeddings(self.items(items), self.item_bias[items])
 
 
-class Block(nn.Module):
+class LRUBlock(nn.Module):
     """A linear recurrence and a feed-forward network, each with residual and post-norm."""
 
     def __init__(self, config: LRUConfig) -> None:

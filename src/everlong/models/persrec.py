@@ -1,10 +1,6 @@
 """PerSRec (Zhang et al., ICDM 2025, arXiv 2601.03479), folding a stream of events; over HSTU.
 
-A history is cut into segments. After each segment stand K learned tokens, the same for all users,
-which read it; what they leave behind, their keys and values in every layer, is the segment's
-summary. Later events see the summaries and their own segment, and nothing else:
-
-    visible(q, k) = k <= q and (k is a token or segment(k) == segment(q))
+What tokens, segments and summaries are: see ``persrec_core``.
 
 The paper cuts once, so many events before the newest (see ``persrec_paper``). Here a cut stands
 after every R-th event from the beginning of the history, so that summaries never change: the state
@@ -18,25 +14,31 @@ where item and time take 12.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from everlong.models import state as states
-from everlong.models.backbone import Backbone, BackboneConfig, Sight
+from everlong.models.backbone import Backbone, BackboneConfig
 from everlong.models.batch import Batch
 from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
-from everlong.models.ring import first_times, next_times
-from everlong.models.user_model import ItemEmbeddings, UserModel, shift
-from everlong.ops.pointwise_attention import Blocks
-from everlong.ops.spans import Spans, make_plan, split_runs
+from everlong.models.persrec_core import (
+    Layout,
+    PerSRecCore,
+    Segments,
+    Summaries,
+    SummaryReader,
+    check_depth,
+    no_events,
+    rows_of,
+    runs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamConfig(BackboneConfig):
+class StreamingPerSRecConfig(BackboneConfig):
     """Architecture of PerSRec on a stream, over any backbone.
 
     Attributes:
@@ -74,21 +76,8 @@ class StreamConfig(BackboneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerSRecConfig(StreamConfig, HSTUBackboneConfig):
+class PerSRecConfig(StreamingPerSRecConfig, HSTUBackboneConfig):
     """Architecture of PerSRec on a stream, over HSTU."""
-
-
-def check_depth(config: BackboneConfig) -> None:
-    """Raises ``ValueError`` unless there are layers enough for a summary to say anything.
-
-    What the first layer offers of a token is the same for all users: only from the second layer on
-    has it read events. From one summary on to the next takes a third.
-    """
-    if config.layers < 2:
-        raise ValueError(
-            "tokens have read nothing before the second layer: expected layers >= 2, received "
-            f"{config.layers}"
-        )
 
 
 class PerSRecState(NamedTuple):
@@ -103,168 +92,7 @@ class PerSRecState(NamedTuple):
     filled: Tensor  # [B] int64, how many of these there are
 
 
-class Segments(NamedTuple):
-    """S segments laid out for attention: their events, and after them the tokens that read them.
-
-    ``columns`` are rows among the tokens of all segments, in order, and then the carried ones.
-    """
-
-    items: Tensor  # [M] events of all segments, one segment after the other
-    times: Tensor  # [M]
-    length: Tensor  # [S] events
-    asked: Tensor  # [S] the outputs of the events from this one on are wanted
-    folded: Tensor  # [S] events that the tokens read, from the first
-    tokens: Tensor  # [S] tokens that follow, 0 for none
-    token_rows: Tensor  # [T] which learned token each is
-    columns: Tensor  # [S, m] tokens that the segment sees
-    hidden: Tensor  # [S] how many of the first columns do not count, and may say anything
-
-
-class Summaries(NamedTuple):
-    """Keys and values that tokens have left behind."""
-
-    keys: Tensor  # [T, L, M]
-    values: Tensor  # [T, L, M]
-    times: Tensor  # [T] int64
-
-
-class Reader(nn.Module):
-    """A backbone and the learned tokens: attention over segments and summaries.
-
-    Args:
-        backbone: the layers.
-        num_tokens: learned tokens.
-    """
-
-    def __init__(self, backbone: Backbone, num_tokens: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.tokens = nn.Parameter(torch.empty(num_tokens, backbone.start.numel()))
-        nn.init.trunc_normal_(self.tokens, std=0.02, a=-0.04, b=0.04)
-
-    def forward(
-        self, segments: Segments, carried: Summaries, query_times: Tensor
-    ) -> tuple[Tensor, Summaries]:
-        """What the last layer makes of the events that are asked for, and the new summaries.
-
-        Args:
-            segments: S segments with M events and T tokens.
-            carried: summaries from before.
-            query_times: of the events that are asked for, as the last layer has them.
-
-        Returns:
-            User vectors, in the order of the events, and summaries ``[T]``.
-        """
-        slots, backbone = Slots.of(segments), self.backbone
-        places = torch.cat([slots.place, slots.token_place])
-        times = torch.cat([segments.times, slots.token_times])
-        vectors = torch.cat([backbone.items(segments.items), self.tokens[segments.token_rows]])
-        values = backbone.enter(vectors, places)
-        key_times = torch.cat([times, carried.times])
-        everyone = item_plan(segments, slots, torch.zeros_like(segments.asked))
-        sight = Sight([*everyone, *token_plan(segments, slots)], times, key_times)
-        keys, offered = [], []
-        for nth, layer in enumerate(backbone.layers):
-            key, value = layer.remember(values)  # type: ignore[operator]
-            keys.append(key[slots.num_items :])
-            offered.append(value[slots.num_items :])
-            key = torch.cat([key, carried.keys[:, nth]])
-            value = torch.cat([value, carried.values[:, nth]])
-            if nth == len(backbone.layers) - 1:
-                rows = runs(slots.start + segments.asked, segments.length - segments.asked)
-                asked = item_plan(segments, slots, segments.asked)
-                values, sight = values[rows], Sight(asked, query_times, key_times)
-            values = layer(values, key, value, sight)
-        made = Summaries(torch.stack(keys, dim=1), torch.stack(offered, dim=1), slots.token_times)
-        return backbone.user_embedding(values), made
-
-
-class Slots(NamedTuple):
-    """Where the events and tokens of segments stand: M events, then T tokens."""
-
-    start: Tensor  # [S] first event
-    place: Tensor  # [M] of each event in its segment
-    token_start: Tensor  # [S] first token, counted from the first token of all
-    token_place: Tensor  # [T], after the events that it reads
-    token_times: Tensor  # [T], the time of the last of these events
-
-    @property
-    def num_items(self) -> int:
-        return self.place.numel()
-
-    @staticmethod
-    def of(segments: Segments) -> Slots:
-        """The slots of segments."""
-        length, tokens = segments.length, segments.tokens
-        start, token_start = length.cumsum(0) - length, tokens.cumsum(0) - tokens
-        segment = torch.arange(length.numel(), device=length.device)
-        owner = segment.repeat_interleave(tokens)
-        nth = torch.arange(owner.numel(), device=length.device) - token_start[owner]
-        folded = segments.folded[owner]
-        last = start[owner] + folded - 1
-        return Slots(
-            start,
-            runs(torch.zeros_like(length), length),
-            token_start,
-            folded + nth,
-            segments.times[last],
-        )
-
-
-def runs(start: Tensor, length: Tensor) -> Tensor:
-    """The numbers ``start .. start + length - 1`` of every run, one run after the other."""
-    first = start - (length.cumsum(0) - length)
-    total = int(length.sum())
-    return torch.arange(total, device=start.device) + first.repeat_interleave(
-        length, output_size=total
-    )
-
-
-def item_plan(segments: Segments, slots: Slots, begin: Tensor) -> list[Blocks]:
-    """Events from ``begin [S]`` on, which see earlier summaries and their own segment so far."""
-    seen, number = segments.columns.shape[1], segments.length - begin
-    owner, at, queries = split_runs(number)
-    row = (number.cumsum(0) - number)[owner] + at
-    spans = Spans(owner, row, queries, seen + begin[owner] + at, segments.hidden[owner])
-
-    def own(segment: Tensor, place: Tensor) -> Tensor:
-        return slots.start[segment] + place
-
-    return make_plan(spans, columns_of(segments, slots, own))
-
-
-def token_plan(segments: Segments, slots: Slots) -> list[Blocks]:
-    """Tokens, which see earlier summaries, the events that they fold, and the tokens so far."""
-    seen = segments.columns.shape[1]
-    owner = segments.tokens.nonzero().flatten()
-    row = slots.num_items + slots.token_start[owner]
-    folded = segments.folded[owner]
-    spans = Spans(owner, row, segments.tokens[owner], seen + folded, segments.hidden[owner])
-
-    def own(segment: Tensor, place: Tensor) -> Tensor:
-        token = place - segments.folded[segment]
-        row = slots.num_items + slots.token_start[segment] + token
-        return torch.where(token < 0, slots.start[segment] + place, row)
-
-    return make_plan(spans, columns_of(segments, slots, own))
-
-
-def columns_of(
-    segments: Segments, slots: Slots, own: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """Rows of the keys of a segment: first the summaries that it sees, then its own by place."""
-    seen = segments.columns.shape[1]
-
-    def keys_at(segment: Tensor, column: Tensor) -> Tensor:
-        if seen == 0:
-            return own(segment, column)
-        summary = slots.num_items + segments.columns[segment, column.clamp(max=seen - 1)]
-        return torch.where(column < seen, summary, own(segment, (column - seen).clamp(min=0)))
-
-    return keys_at
-
-
-class Cuts(NamedTuple):
+class Stretches(NamedTuple):
     """S segments of users' events, those of the state and then new ones."""
 
     user: Tensor  # [S] batch row
@@ -275,17 +103,17 @@ class Cuts(NamedTuple):
     folded: Tensor  # [S] events that its tokens read, 0 for none
 
 
-class Stream(UserModel[PerSRecState]):
+class StreamingPerSRec(PerSRecCore[PerSRecState]):
     """PerSRec on packed histories, with a cut after every R-th event, over any backbone.
 
     In training and in ``encode`` all segments are read at once. An event that is kept beyond a cut
     is read twice, at the end of one segment and at the head of the next.
     """
 
-    def __init__(self, config: StreamConfig, backbone: Backbone) -> None:
+    def __init__(self, config: StreamingPerSRecConfig, backbone: Backbone) -> None:
         super().__init__(config.num_items)
         self.config = config
-        self.reader = Reader(backbone, config.tokens)
+        self.reader = SummaryReader(backbone, config.tokens)
 
     def initial_state(self, num_users: int) -> PerSRecState:
         """No events and no summaries."""
@@ -303,27 +131,6 @@ class Stream(UserModel[PerSRecState]):
             whole.clone(),
         )
 
-    def encode(
-        self, events: Batch, state: PerSRecState | None = None
-    ) -> tuple[Tensor, PerSRecState]:
-        """Outputs ``[N, D]`` after each event, as of its own time, and the final states."""
-        if state is None:
-            state = self.initial_state(events.num_users)
-        skipped = torch.zeros_like(state.filled)
-        folds, cuts = self._cuts(state, events, skipped)
-        outputs, made = self._read(state, events, folds, cuts, events.times)
-        return outputs, self._after(state, events, folds, made)
-
-    def forward(self, events: Batch, state: PerSRecState | None = None) -> Tensor:
-        """The user vector ``[N, D]`` before each event, at the time of that event."""
-        if state is None:
-            state = self.initial_state(events.num_users)
-        if events.num_events == 0:
-            return self.reader.backbone.start.new_zeros(0, self.config.dim)
-        folds, cuts = self._cuts(state, events, self._skipped(state))
-        outputs, _ = self._read(state, events, folds, cuts, next_times(events))
-        return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
-
     def step(self, events: Batch, state: PerSRecState) -> PerSRecState:
         """Appends one event of each user; where there is no place for it, folds a segment first."""
         full = (state.filled == self.config.capacity).nonzero().flatten()
@@ -336,28 +143,20 @@ class Stream(UserModel[PerSRecState]):
             filled=state.filled + 1,
         )
 
-    def user_embedding(self, state: PerSRecState, at: Tensor | None = None) -> Tensor:
-        """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
-        some = state.filled.nonzero().flatten()
-        vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)
-        if some.numel() == 0:
-            return vectors
-        state = states.take(state, some)
-        newest = state.filled - 1
-        at = state.times.gather(1, newest[:, None])[:, 0] if at is None else at[some]
-        rows, none = torch.arange(newest.numel(), device=newest.device), torch.zeros_like(newest)
-        cuts = Cuts(rows, none, none, state.filled, newest, none)
-        nothing = Batch(items=none[:0], times=none[:0], offsets=torch.cat([none, none[:1]]))
-        outputs, _ = self._read(state, nothing, none, cuts, at)
-        return vectors.index_copy(0, some, outputs.to(vectors.dtype))
+    def _held(self, state: PerSRecState) -> tuple[Tensor, Tensor]:
+        newest = (state.filled - 1).clamp(min=0)
+        return state.filled, state.times.gather(1, newest[:, None])[:, 0]
 
-    def item_embeddings(self) -> ItemEmbeddings:
-        """The embedding table, tied, as unit vectors."""
-        return self.reader.backbone.item_embeddings()
+    def _layout(self, state: PerSRecState, events: Batch, *, random: bool) -> Layout:
+        skipped = self._skipped(state) if random else torch.zeros_like(state.filled)
+        folds, stretches = self._stretches(state, events, skipped)
+        return self._segments(state, events, folds, stretches)
 
-    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
-        """The same of some items, without the others."""
-        return self.reader.backbone.embeddings_of(items)
+    def _recent(self, state: PerSRecState) -> Layout:
+        rows = torch.arange(state.filled.numel(), device=state.filled.device)
+        none = torch.zeros_like(rows)
+        stretches = Stretches(rows, none, none, state.filled, state.filled - 1, none)
+        return self._segments(state, no_events(rows.numel(), rows.device), none, stretches)
 
     def _skipped(self, state: PerSRecState) -> Tensor:
         """``[B]`` events that the first segment of a history lacks; in training a random number."""
@@ -366,7 +165,9 @@ class Stream(UserModel[PerSRecState]):
         drawn = torch.randint(self.config.segment, state.filled.shape).to(state.filled.device)
         return torch.where((state.filled == 0) & (state.groups == 0), drawn, 0)
 
-    def _cuts(self, state: PerSRecState, events: Batch, skipped: Tensor) -> tuple[Tensor, Cuts]:
+    def _stretches(
+        self, state: PerSRecState, events: Batch, skipped: Tensor
+    ) -> tuple[Tensor, Stretches]:
         """How many segments of each user are folded, and segments that cover the new events."""
         config, held = self.config, state.filled + events.lengths
         beyond = (held + skipped - config.capacity).clamp(min=0)
@@ -377,7 +178,7 @@ class Stream(UserModel[PerSRecState]):
         first = (nth * config.segment - skipped[user]).clamp(min=0)
         stop = (nth * config.segment - skipped[user] + config.capacity).minimum(held[user])
         folded = (nth + 1) * config.segment - skipped[user] - first
-        return folds, Cuts(
+        return folds, Stretches(
             user,
             nth,
             first,
@@ -386,22 +187,22 @@ class Stream(UserModel[PerSRecState]):
             torch.where(nth < folds[user], folded, 0),
         )
 
-    def _read(
-        self, state: PerSRecState, events: Batch, folds: Tensor, cuts: Cuts, query_times: Tensor
-    ) -> tuple[Tensor, Summaries]:
-        """Outputs that the cuts ask for, and the summaries of those segments that are folded."""
+    def _segments(
+        self, state: PerSRecState, events: Batch, folds: Tensor, stretches: Stretches
+    ) -> Layout:
+        """The stretches as segments, of which ``folds [B]`` of each user are folded."""
         config = self.config
-        row = runs(cuts.first, cuts.length)
-        owner = cuts.user.repeat_interleave(cuts.length)
+        row = runs(stretches.first, stretches.length)
+        owner = stretches.user.repeat_interleave(stretches.length)
         items, times = events_at(state, events, owner, row)
-        tokens = torch.where(cuts.folded > 0, config.tokens, 0)
-        columns, hidden = self._visible(state, folds, cuts)
+        tokens = torch.where(stretches.folded > 0, config.tokens, 0)
+        columns, hidden = self._visible(state, folds, stretches)
         segments = Segments(
             items,
             times,
-            cuts.length,
-            cuts.asked,
-            cuts.folded,
+            stretches.length,
+            stretches.asked,
+            stretches.folded,
             tokens,
             runs(torch.zeros_like(tokens), tokens),
             columns,
@@ -413,39 +214,39 @@ class Stream(UserModel[PerSRecState]):
             state.values.flatten(0, 2)[some],
             state.group_times.flatten().repeat_interleave(config.tokens)[some],
         )
-        outputs: tuple[Tensor, Summaries] = self.reader(segments, carried, query_times)
-        return outputs
+        return Layout(segments, carried, folds)
 
-    def _visible(self, state: PerSRecState, folds: Tensor, cuts: Cuts) -> tuple[Tensor, Tensor]:
+    def _visible(
+        self, state: PerSRecState, folds: Tensor, stretches: Stretches
+    ) -> tuple[Tensor, Tensor]:
         """Which tokens a segment sees, and how many columns are there for others' sake alone."""
         groups, tokens = self.config.groups, self.config.tokens
-        visible = (state.groups[cuts.user] + cuts.nth).clamp(max=groups)
+        visible = (state.groups[stretches.user] + stretches.nth).clamp(max=groups)
         most = int(visible.max()) if visible.numel() else 0
         # of the user's summaries, carried and then new, the newest G before this segment
-        number = cuts.nth[:, None] + torch.arange(groups - most, groups, device=visible.device)
+        number = stretches.nth[:, None] + torch.arange(groups - most, groups, device=visible.device)
         before = folds.cumsum(0) - folds
-        new = before[cuts.user][:, None] + number - groups
-        old = folds.sum() + cuts.user[:, None] * groups + number
+        new = before[stretches.user][:, None] + number - groups
+        old = folds.sum() + stretches.user[:, None] * groups + number
         group = torch.where(number < groups, old, new)
         columns = group[:, :, None] * tokens + torch.arange(tokens, device=group.device)
         return columns.flatten(1), (most - visible) * tokens
 
     def _fold(self, state: PerSRecState) -> PerSRecState:
         """The states after the first R events of each, who all have R + keep, are folded."""
-        config = self.config
         rows = torch.arange(state.filled.numel(), device=state.filled.device)
         none = torch.zeros_like(rows)
-        whole = none + config.segment
-        cuts = Cuts(rows, none, none, whole, whole, whole)
-        nothing = Batch(items=none[:0], times=none[:0], offsets=torch.cat([none, none[:1]]))
-        _, made = self._read(state, nothing, none + 1, cuts, none[:0])
-        return self._after(state, nothing, none + 1, made)
+        whole, nothing = none + self.config.segment, no_events(rows.numel(), rows.device)
+        stretches = Stretches(rows, none, none, whole, whole, whole)
+        layout = self._segments(state, nothing, none + 1, stretches)
+        _, summaries = self.reader(layout.segments, layout.carried, none[:0])
+        return self._next_state(state, nothing, layout.made, summaries)
 
-    def _after(
-        self, state: PerSRecState, events: Batch, folds: Tensor, made: Summaries
+    def _next_state(
+        self, state: PerSRecState, events: Batch, made: Tensor, summaries: Summaries
     ) -> PerSRecState:
-        """The state once the events are in and so many segments are folded."""
-        config = self.config
+        """The states once the events are in and ``made [B]`` segments are folded."""
+        config, folds = self.config, made
         filled = state.filled + events.lengths - folds * config.segment
         place = torch.arange(config.capacity, device=filled.device).expand(filled.numel(), -1)
         there = place < filled[:, None]
@@ -453,11 +254,11 @@ class Stream(UserModel[PerSRecState]):
         items, times = events_at(
             state, events, owner, (place + folds[:, None] * config.segment)[there]
         )
-        by_group = (made.times.numel() // config.tokens, *state.keys.shape[2:])
-        group_times = made.times.view(by_group[:2])[:, 0]
+        by_group = (summaries.times.numel() // config.tokens, *state.keys.shape[2:])
+        group_times = summaries.times.view(by_group[:2])[:, 0]
         return PerSRecState(
-            newest_groups(state.keys, made.keys.view(by_group), folds),
-            newest_groups(state.values, made.values.view(by_group), folds),
+            newest_groups(state.keys, summaries.keys.view(by_group), folds),
+            newest_groups(state.values, summaries.values.view(by_group), folds),
             newest_groups(state.group_times, group_times, folds),
             (state.groups + folds).clamp(max=config.groups),
             torch.zeros_like(state.items).masked_scatter(there, items.to(torch.int32)),
@@ -466,20 +267,15 @@ class Stream(UserModel[PerSRecState]):
         )
 
 
-class PerSRec(Stream):
+class PerSRec(StreamingPerSRec):
     """PerSRec on a stream, over HSTU."""
 
     config: PerSRecConfig
 
     def __init__(self, config: PerSRecConfig) -> None:
-        places = config.capacity + config.tokens
-        reach = config.groups * config.tokens + places
-        super().__init__(config, HSTUBackbone(config, reach=reach, places=places))
-
-
-def rows_of(lengths: Tensor) -> Tensor:
-    """``[N]`` which run each place belongs to, for runs of ``lengths [B]``."""
-    return torch.arange(lengths.numel(), device=lengths.device).repeat_interleave(lengths)
+        positions = config.capacity + config.tokens
+        reach = config.groups * config.tokens + positions
+        super().__init__(config, HSTUBackbone(config, reach=reach, num_positions=positions))
 
 
 def events_at(

@@ -10,16 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from everlong.models.decoder import Decoder, DecoderConfig
-from everlong.models.persrec import Stream, StreamConfig
-from everlong.models.persrec_paper import Paper, PaperConfig
+from everlong.models.persrec import StreamingPerSRec, StreamingPerSRecConfig
+from everlong.models.persrec_paper import PublishedPerSRec, PublishedPerSRecConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerSRecHLLMConfig(StreamConfig, DecoderConfig):
+class PerSRecHLLMConfig(StreamingPerSRecConfig, DecoderConfig):
     """Architecture of PerSRec on a stream, over a decoder."""
 
 
-class PerSRecHLLM(Stream):
+class PerSRecHLLM(StreamingPerSRec):
     """PerSRec on a stream, over a decoder."""
 
     config: PerSRecHLLMConfig
@@ -29,14 +29,14 @@ class PerSRecHLLM(Stream):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperPerSRecHLLMConfig(PaperConfig, DecoderConfig):
+class PublishedPerSRecHLLMConfig(PublishedPerSRecConfig, DecoderConfig):
     """Architecture of PerSRec as published, over a decoder."""
 
 
-class PaperPerSRecHLLM(Paper):
+class PublishedPerSRecHLLM(PublishedPerSRec):
     """PerSRec as published, over a decoder."""
 
-    config: PaperPerSRecHLLMConfig
+    config: PublishedPerSRecHLLMConfig
 
-    def __init__(self, config: PaperPerSRecHLLMConfig) -> None:
+    def __init__(self, config: PublishedPerSRecHLLMConfig) -> None:
         super().__init__(config, Decoder(config))

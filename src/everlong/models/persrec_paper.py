@@ -28,13 +28,21 @@ from everlong.models import state as states
 from everlong.models.backbone import Backbone, BackboneConfig
 from everlong.models.batch import Batch
 from everlong.models.hstu import HSTUBackbone, HSTUBackboneConfig
-from everlong.models.persrec import Reader, Segments, Summaries, check_depth, rows_of, runs
-from everlong.models.ring import first_times, next_times
-from everlong.models.user_model import ItemEmbeddings, UserModel, shift
+from everlong.models.persrec_core import (
+    Layout,
+    PerSRecCore,
+    Segments,
+    Summaries,
+    SummaryReader,
+    check_depth,
+    no_events,
+    rows_of,
+    runs,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperConfig(BackboneConfig):
+class PublishedPerSRecConfig(BackboneConfig):
     """Architecture of PerSRec as published, over any backbone.
 
     Attributes:
@@ -94,11 +102,11 @@ class PaperConfig(BackboneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaperPerSRecConfig(PaperConfig, HSTUBackboneConfig):
+class PublishedPerSRecHSTUConfig(PublishedPerSRecConfig, HSTUBackboneConfig):
     """Architecture of PerSRec as published, over HSTU."""
 
 
-class PaperPerSRecState(NamedTuple):
+class PublishedPerSRecState(NamedTuple):
     """What the published PerSRec remembers of a user."""
 
     keys: Tensor  # [B, K, L, M], the newest last
@@ -119,7 +127,7 @@ class Cuts(NamedTuple):
     recent: Tensor  # [B] first recent event; between the two is the gap
 
 
-class Paper(UserModel[PaperPerSRecState]):
+class PublishedPerSRec(PerSRecCore[PublishedPerSRecState]):
     """PerSRec as published, over any backbone.
 
     All events of a batch are predicted: recent ones from summaries and what is recent before them,
@@ -136,18 +144,18 @@ class Paper(UserModel[PaperPerSRecState]):
         }
     )
 
-    def __init__(self, config: PaperConfig, backbone: Backbone) -> None:
+    def __init__(self, config: PublishedPerSRecConfig, backbone: Backbone) -> None:
         super().__init__(config.num_items)
         self.config = config
-        self.reader = Reader(backbone, config.tokens)
+        self.reader = SummaryReader(backbone, config.tokens)
 
-    def initial_state(self, num_users: int) -> PaperPerSRecState:
+    def initial_state(self, num_users: int) -> PublishedPerSRecState:
         """No events and no summaries."""
         config, start = self.config, self.reader.backbone.start
         shape = (num_users, config.tokens, config.layers, config.memory)
         whole = torch.zeros(num_users, dtype=torch.int64, device=start.device)
         times = whole[:, None].repeat(1, config.past + config.recent)
-        return PaperPerSRecState(
+        return PublishedPerSRecState(
             start.new_zeros(shape),
             start.new_zeros(shape),
             whole[:, None].repeat(1, config.tokens),
@@ -158,36 +166,16 @@ class Paper(UserModel[PaperPerSRecState]):
             whole.clone(),
         )
 
-    def encode(
-        self, events: Batch, state: PaperPerSRecState | None = None
-    ) -> tuple[Tensor, PaperPerSRecState]:
-        """Outputs ``[N, D]`` after each event, and the states, with summaries made anew."""
-        if state is None:
-            state = self.initial_state(events.num_users)
-        cuts = self._cuts(state.filled + events.lengths)
-        outputs, made, tokens = self._read(state, events, cuts, events.times)
-        busy = events.lengths > 0
-        final = self.append(events, state)
-        summed = self._with_summaries(final, made, tokens)
-        return outputs, type(state)(
-            *(
-                torch.where(busy.view(-1, *[1] * (new.dim() - 1)), new, old)
-                for new, old in zip(summed, state, strict=True)
-            )
+    def _held(self, state: PublishedPerSRecState) -> tuple[Tensor, Tensor]:
+        return state.filled, state.times[:, -1]
+
+    def _layout(self, state: PublishedPerSRecState, events: Batch, *, random: bool) -> Layout:
+        held = state.filled + events.lengths
+        return self._segments(
+            state, events, self._random_cuts(held) if random else self._cuts(held)
         )
 
-    def forward(self, events: Batch, state: PaperPerSRecState | None = None) -> Tensor:
-        """The user vector ``[N, D]`` before each event, at the time of that event."""
-        if state is None:
-            state = self.initial_state(events.num_users)
-        if events.num_events == 0:
-            return self.reader.backbone.start.new_zeros(0, self.config.dim)
-        held = state.filled + events.lengths
-        cuts = self._random_cuts(held) if self.training else self._cuts(held)
-        outputs, _, _ = self._read(state, events, cuts, next_times(events))
-        return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
-
-    def step(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:
+    def step(self, events: Batch, state: PublishedPerSRecState) -> PublishedPerSRecState:
         """Appends one event of each user; makes summaries anew that are due."""
         state = self.append(events, state)
         due = (state.age >= self.config.refresh).nonzero().flatten()
@@ -195,22 +183,15 @@ class Paper(UserModel[PaperPerSRecState]):
             state = states.put(state, due, self.refresh(states.take(state, due)))
         return state
 
-    def refresh(self, state: PaperPerSRecState) -> PaperPerSRecState:
+    def refresh(self, state: PublishedPerSRecState) -> PublishedPerSRecState:
         """The states with summaries made anew, of the p events before the last r."""
-        none = state.filled[:0]
-        offsets = torch.zeros(state.filled.numel() + 1, dtype=torch.int64, device=none.device)
-        nothing = Batch(items=none, times=none, offsets=offsets)
-        _, made, tokens = self._read(state, nothing, self._cuts(state.filled), none)
-        return self._with_summaries(state, made, tokens)
+        nothing = no_events(state.filled.numel(), state.filled.device)
+        layout = self._segments(state, nothing, self._cuts(state.filled))
+        _, summaries = self.reader(layout.segments, layout.carried, nothing.times)
+        return self._with_summaries(state, summaries, layout.made)
 
-    def user_embedding(self, state: PaperPerSRecState, at: Tensor | None = None) -> Tensor:
-        """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event."""
-        config, some = self.config, state.filled.nonzero().flatten()
-        vectors = self.reader.backbone.nobody().expand(state.filled.numel(), -1)
-        if some.numel() == 0:
-            return vectors
-        state = states.take(state, some)
-        at = state.times[:, -1] if at is None else at[some]
+    def _recent(self, state: PublishedPerSRecState) -> Layout:
+        config = self.config
         length = state.filled.clamp(max=config.recent)
         row = runs(torch.full_like(length, state.items.shape[1]) - length, length)
         owner = rows_of(length)
@@ -229,16 +210,7 @@ class Paper(UserModel[PaperPerSRecState]):
         carried = Summaries(
             state.keys.flatten(0, 1), state.values.flatten(0, 1), state.token_times.flatten()
         )
-        outputs, _ = self.reader(segments, carried, at)
-        return vectors.index_copy(0, some, outputs.to(vectors.dtype))
-
-    def item_embeddings(self) -> ItemEmbeddings:
-        """The embedding table, tied, as unit vectors."""
-        return self.reader.backbone.item_embeddings()
-
-    def embeddings_of(self, items: Tensor) -> ItemEmbeddings:
-        """The same of some items, without the others."""
-        return self.reader.backbone.embeddings_of(items)
+        return Layout(segments, carried, none)
 
     def _cuts(self, held: Tensor) -> Cuts:
         recent = (held - self.config.recent).clamp(min=0)
@@ -252,10 +224,8 @@ class Paper(UserModel[PaperPerSRecState]):
         recent = (held - draw).clamp(min=0)
         return Cuts(held, (recent - gap).clamp(min=0), recent)
 
-    def _read(
-        self, state: PaperPerSRecState, events: Batch, cuts: Cuts, query_times: Tensor
-    ) -> tuple[Tensor, Summaries, Tensor]:
-        """Outputs after the new events, new summaries, and how many tokens each user has."""
+    def _segments(self, state: PublishedPerSRecState, events: Batch, cuts: Cuts) -> Layout:
+        """Segments by the cuts; every token that reads one becomes a summary."""
         pieces = self._pieces(cuts)
         length = pieces.end - pieces.begin
         row, owner = runs(pieces.begin, length), pieces.user.repeat_interleave(length)
@@ -282,8 +252,7 @@ class Paper(UserModel[PaperPerSRecState]):
             most - visible,
         )
         nothing = Summaries(state.keys[:0, 0], state.values[:0, 0], state.times[:0, 0])
-        outputs, made = self.reader(segments, nothing, query_times)
-        return outputs, made, tokens
+        return Layout(segments, nothing, tokens)
 
     def _pieces(self, cuts: Cuts) -> Pieces:
         """Segments of every user: older than the past, past, gap and recent."""
@@ -313,7 +282,20 @@ class Paper(UserModel[PaperPerSRecState]):
         order = torch.argsort(joined.user, stable=True)
         return Pieces(*(values[order] for values in joined))
 
-    def append(self, events: Batch, state: PaperPerSRecState) -> PaperPerSRecState:
+    def _next_state(
+        self, state: PublishedPerSRecState, events: Batch, made: Tensor, summaries: Summaries
+    ) -> PublishedPerSRecState:
+        """The states after the events, with ``made [B]`` summaries of users with new events."""
+        busy = events.lengths > 0
+        final = self._with_summaries(self.append(events, state), summaries, made)
+        return PublishedPerSRecState(
+            *(
+                torch.where(busy.view(-1, *[1] * (new.dim() - 1)), new, old)
+                for new, old in zip(final, state, strict=True)
+            )
+        )
+
+    def append(self, events: Batch, state: PublishedPerSRecState) -> PublishedPerSRecState:
         """The states after the events, with the summaries as they are."""
         room, lengths = state.items.shape[1], events.lengths
         number = torch.arange(room, device=lengths.device) - room + lengths[:, None]
@@ -331,8 +313,8 @@ class Paper(UserModel[PaperPerSRecState]):
         )
 
     def _with_summaries(
-        self, state: PaperPerSRecState, made: Summaries, tokens: Tensor
-    ) -> PaperPerSRecState:
+        self, state: PublishedPerSRecState, made: Summaries, tokens: Tensor
+    ) -> PublishedPerSRecState:
         """The states with these summaries, the newest last, in place of what they had."""
         most = self.config.tokens
         place = torch.arange(most, device=tokens.device) >= most - tokens[:, None]
@@ -347,14 +329,14 @@ class Paper(UserModel[PaperPerSRecState]):
         )
 
 
-class PaperPerSRec(Paper):
+class PublishedPerSRecHSTU(PublishedPerSRec):
     """PerSRec as published, over HSTU."""
 
-    config: PaperPerSRecConfig
+    config: PublishedPerSRecHSTUConfig
 
-    def __init__(self, config: PaperPerSRecConfig) -> None:
+    def __init__(self, config: PublishedPerSRecHSTUConfig) -> None:
         reach = config.tokens + config.longest
-        super().__init__(config, HSTUBackbone(config, reach=reach, places=config.longest))
+        super().__init__(config, HSTUBackbone(config, reach=reach, num_positions=config.longest))
 
 
 class Pieces(NamedTuple):

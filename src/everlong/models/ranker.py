@@ -154,7 +154,7 @@ class Ranker(UserModel[S]):
         for step in one_by_one(events):
             now = self.step(step.events, states.take(last, step.rows))
             last = states.put(last, step.rows, now)
-            outputs.append((step.places, self.user_embedding(now)))
+            outputs.append((step.where, self.user_embedding(now)))
         return self._in_order(outputs), last
 
     def forward(self, events: Batch, state: S | None = None) -> Tensor:
@@ -164,7 +164,7 @@ class Ranker(UserModel[S]):
         outputs = []
         for step in one_by_one(events):
             before = states.take(state, step.rows)
-            outputs.append((step.places, self.user_embedding(before, step.events.times)))
+            outputs.append((step.where, self.user_embedding(before, step.events.times)))
             state = states.put(state, step.rows, self.step(step.events, before))
         return self._in_order(outputs)
 
@@ -172,7 +172,7 @@ class Ranker(UserModel[S]):
         if not outputs:
             width = self.user_embedding(self.initial_state(1)).shape[1]
             return self.event_norm.weight.new_zeros(0, width)
-        order = torch.cat([places for places, _ in outputs]).argsort()
+        order = torch.cat([index for index, _ in outputs]).argsort()
         return torch.cat([values for _, values in outputs])[order]
 
     def _codes(self, events: Batch) -> Tensor:
@@ -226,8 +226,8 @@ class Ranker(UserModel[S]):
             index = newest.sorted_order(events.items, events.times, codes, events.offsets)[index]
         else:
             none = self.event_norm.weight.new_zeros(*place.shape, self.config.dim)
-            nobody = torch.zeros_like(place)
-            return seen_from(batch.times, nobody, nobody, none, none[..., 0])
+            unknown = torch.zeros_like(place)
+            return seen_from(batch.times, unknown, unknown, none, none[..., 0])
         # each event is embedded once, however many requests see it
         embedded = self._embed(events.items, events.times, codes)[index]
         times, items = events.times[index], events.items[index]
@@ -265,7 +265,7 @@ class Single(NamedTuple):
     """One event of each of some users."""
 
     rows: Tensor  # of the users
-    places: Tensor  # of their events in the batch
+    where: Tensor  # their events stand in the batch
     events: Batch
 
 
@@ -273,9 +273,9 @@ def one_by_one(events: Batch) -> Iterator[Single]:
     """The first event of each user, then the second, and so on."""
     for number in range(int(events.lengths.max()) if events.num_users else 0):
         rows = (events.lengths > number).nonzero().flatten()
-        places = events.offsets[rows] + number
+        where = events.offsets[rows] + number
         offsets = torch.arange(rows.numel() + 1, device=rows.device)
-        yield Single(rows, places, events.select(places, offsets))
+        yield Single(rows, where, events.select(where, offsets))
 
 
 @torch.no_grad()

@@ -42,10 +42,12 @@ BUILTIN: Mapping[str, BuiltIn] = MappingProxyType(
         "lru": BuiltIn("everlong.models.lru:LRU", "next_item"),
         "hstu": BuiltIn("everlong.models.hstu:HSTU", "next_item"),
         "persrec": BuiltIn("everlong.models.persrec:PerSRec", "next_item"),
-        "persrec_paper": BuiltIn("everlong.models.persrec_paper:PaperPerSRec", "next_item"),
+        "persrec_paper": BuiltIn("everlong.models.persrec_paper:PublishedPerSRecHSTU", "next_item"),
         "hllm": BuiltIn("everlong.models.hllm:HLLM", "next_item"),
         "persrec_hllm": BuiltIn("everlong.models.persrec_hllm:PerSRecHLLM", "next_item"),
-        "persrec_paper_hllm": BuiltIn("everlong.models.persrec_hllm:PaperPerSRecHLLM", "next_item"),
+        "persrec_paper_hllm": BuiltIn(
+            "everlong.models.persrec_hllm:PublishedPerSRecHLLM", "next_item"
+        ),
         "ifa": BuiltIn("everlong.models.ifa:IFA", "rank"),
         "target_attention": BuiltIn("everlong.models.target_attention:TargetAttention", "rank"),
     }

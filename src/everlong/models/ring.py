@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everlong.models.backbone import Backbone, BackboneConfig, Sight
+from everlong.models.backbone import AttentionMask, Backbone, BackboneConfig
 from everlong.models.batch import Batch
-from everlong.models.user_model import ItemEmbeddings, UserModel, shift
-from everlong.ops.spans import Spans, make_plan, split_runs
+from everlong.models.user_model import ItemEmbeddings, UserModel
+from everlong.ops.attention_mask import MaskRuns, block_mask, split_runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,14 @@ class RingState(NamedTuple):
     times: Tensor  # [B, W] int64
     seen: Tensor  # [B] int64, events so far
     newest: Tensor  # [B, D], what the last layer reads of the newest event
+
+
+class RingRun(NamedTuple):
+    """What comes of reading events."""
+
+    outputs: Tensor  # [N, D] user vectors
+    memories: list[tuple[Tensor, Tensor]]  # keys and values [N, D] of each layer
+    entered: Tensor  # [N, D] input of the last layer
 
 
 class Ring(UserModel[RingState]):
@@ -80,14 +88,9 @@ class Ring(UserModel[RingState]):
         run = self._run(events, state, events.times)
         return run.outputs, self._append(events, state, run)
 
-    def forward(self, events: Batch, state: RingState | None = None) -> Tensor:
-        """The user vector ``[N, D]`` before each event, at the time of that event."""
-        if state is None:
-            state = self.initial_state(events.num_users)
-        if events.num_events == 0:
-            return self.backbone.start.new_zeros(0, self.config.dim)
-        outputs = self._run(events, state, next_times(events)).outputs
-        return shift(outputs, self.user_embedding(state, first_times(events)), events.offsets)
+    def outputs_at(self, events: Batch, state: RingState, at: Tensor) -> Tensor:
+        """Outputs ``[N, D]`` after each event, as of the times ``at [N]``."""
+        return self._run(events, state, at).outputs
 
     def user_embedding(self, state: RingState, at: Tensor | None = None) -> Tensor:
         """The user vector ``[B, D]`` at the times ``at [B]``, default that of the newest event.
@@ -95,20 +98,20 @@ class Ring(UserModel[RingState]):
         The last layer alone is computed: ``W D`` multiply-adds twice, whatever the history.
         """
         window, some = self.config.window, state.seen.nonzero().flatten()
-        vectors = self.backbone.nobody().expand(state.seen.numel(), -1)
+        vectors = self.backbone.without_events().expand(state.seen.numel(), -1)
         if some.numel() == 0:
             return vectors
         seen, times = state.seen[some], state.times[some]
         visible = seen.clamp(max=window)
         rows, zero = torch.arange(some.numel(), device=some.device), torch.zeros_like(some)
-        plan = make_plan(
-            Spans(rows, rows, zero + 1, visible - 1, zero),
+        blocks = block_mask(
+            MaskRuns(rows, rows, zero + 1, visible - 1, zero),
             lambda user, column: user * window + (seen[user] - visible[user] + column) % window,
         )
         at = times[rows, (seen - 1) % window] if at is None else at[some]
         key, value = (part[some, -1].flatten(0, 1) for part in (state.keys, state.values))
-        sight = Sight(plan, at, times.flatten())
-        outputs = self.backbone.layers[-1](state.newest[some], key, value, sight)
+        mask = AttentionMask(blocks, at, times.flatten())
+        outputs = self.backbone.layers[-1](state.newest[some], key, value, mask)
         return vectors.index_copy(0, some, self.backbone.user_embedding(outputs).to(vectors.dtype))
 
     def item_embeddings(self) -> ItemEmbeddings:
@@ -119,7 +122,7 @@ class Ring(UserModel[RingState]):
         """The same of some items, without the others."""
         return self.backbone.embeddings_of(items)
 
-    def _run(self, events: Batch, state: RingState, query_times: Tensor) -> _Run:
+    def _run(self, events: Batch, state: RingState, query_times: Tensor) -> RingRun:
         config, backbone = self.config, self.backbone
         window, carried = config.window, bool(state.seen.any())
         number = numbers(events, state.seen)
@@ -127,7 +130,7 @@ class Ring(UserModel[RingState]):
         seen = state.seen[user]
         # columns count from the oldest event that the first query sees
         oldest = (seen + begin + 1 - window).clamp(min=0)
-        spans = Spans(
+        mask_runs = MaskRuns(
             torch.arange(user.numel(), device=user.device),
             events.offsets[user] + begin,
             queries,
@@ -143,7 +146,7 @@ class Ring(UserModel[RingState]):
             held = events.num_events + owner * window + at % window
             return torch.where(at < state.seen[owner], held, new)
 
-        plan = make_plan(spans, keys_at, window)
+        blocks = block_mask(mask_runs, keys_at, window)
         key_times = events.times
         if carried:
             key_times = torch.cat([key_times, state.times.flatten()])
@@ -157,11 +160,11 @@ class Ring(UserModel[RingState]):
                 value = torch.cat([value, state.values[:, nth].flatten(0, 1)])
             is_last = nth == config.layers - 1
             entered = values
-            sight = Sight(plan, query_times if is_last else events.times, key_times)
-            values = layer(values, key, value, sight)
-        return _Run(backbone.user_embedding(values), memories, entered)
+            mask = AttentionMask(blocks, query_times if is_last else events.times, key_times)
+            values = layer(values, key, value, mask)
+        return RingRun(backbone.user_embedding(values), memories, entered)
 
-    def _append(self, events: Batch, state: RingState, run: _Run) -> RingState:
+    def _append(self, events: Batch, state: RingState, run: RingRun) -> RingState:
         """The state after the events: the last W of old and new ones."""
         window, lengths = self.config.window, events.lengths
         count = state.seen + lengths
@@ -194,23 +197,3 @@ def numbers(events: Batch, count: Tensor) -> Tensor:
     user = events.user_rows
     place = torch.arange(events.num_events, device=user.device) - events.offsets[user]
     return count[user] + place
-
-
-def next_times(events: Batch) -> Tensor:
-    """``[N]`` the time of the user's next event of the batch; of the last event its own."""
-    following = torch.arange(1, events.num_events + 1, device=events.times.device)
-    last = events.offsets[1:][events.lengths > 0] - 1
-    return events.times[following.index_copy(0, last, last)]
-
-
-def first_times(events: Batch) -> Tensor:
-    """``[B]`` the time of each user's first event of the batch; of a user without events any."""
-    return events.times[events.offsets[:-1].clamp(max=events.num_events - 1)]
-
-
-class _Run(NamedTuple):
-    """What comes of reading events."""
-
-    outputs: Tensor  # [N, D] user vectors
-    memories: list[tuple[Tensor, Tensor]]  # keys and values [N, D] of each layer
-    entered: Tensor  # [N, D] input of the last layer

@@ -110,7 +110,7 @@ class SASRec(UserModel[SASRecState]):
         for parameter in (*self.items.parameters(), self.positions.weight, self.start):
             nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(SASRecBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         self.scale = math.sqrt(config.dim) if config.scale_items else 1.0
 
@@ -186,7 +186,7 @@ class SASRec(UserModel[SASRecState]):
         return outputs, tokens
 
 
-class Block(nn.Module):
+class SASRecBlock(nn.Module):
     """Attention and a feed-forward network, each with a norm before it and a residual (eq. 5)."""
 
     def __init__(self, config: SASRecConfig) -> None:

@@ -34,7 +34,7 @@ from everlong.ops import newest
 from everlong.ops.dropout import Dropout
 from everlong.ops.sets import Sets
 
-Reader = Literal["mean", "din", "softmax", "sim_soft", "sim_hard"]
+ReaderKind = Literal["mean", "din", "softmax", "sim_soft", "sim_hard"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,15 @@ class TargetAttentionConfig(RankerConfig):
 
     window: int = 200
     candidate_attention: bool = False
-    reader: Reader = "din"
+    reader: ReaderKind = "din"
     found: int = 32
     newest: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reader not in get_args(Reader):
+        if self.reader not in get_args(ReaderKind):
             raise ValueError(
-                f"expected reader one of {', '.join(get_args(Reader))}, received {self.reader!r}"
+                f"expected reader one of {', '.join(get_args(ReaderKind))}, received {self.reader!r}"
             )
         if self.window < 1 or self.found < 1 or self.newest < 1:
             raise ValueError(
@@ -143,9 +143,9 @@ class TargetAttention(Ranker[TargetAttentionState]):
         )
         if items is None:
             items = torch.arange(self.num_items, device=user.device).expand(users, -1)
-        places = torch.arange(users + 1, device=user.device) * items.shape[1]
+        offsets = torch.arange(users + 1, device=user.device) * items.shape[1]
         recent = Recent(events, age, present, ids)
-        return self._rank(items.flatten(), places, context, recent).reshape(items.shape)
+        return self._rank(items.flatten(), offsets, context, recent).reshape(items.shape)
 
     def rank(self, batch: RequestBatch) -> Tensor:
         """Logits ``[P]`` of all candidates of all requests."""

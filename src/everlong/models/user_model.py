@@ -125,12 +125,23 @@ class UserModel(nn.Module, Generic[S]):
         """The training path: the user vector *before* each event, all events at once.
 
         Returns:
-            ``[N, D]``, row n from what precedes event n alone (law 7).
+            ``[N, D]``, row n from what precedes event n alone, at the time of event n (law 7).
         """
         if state is None:
             state = self.initial_state(events.num_users)
-        outputs, _ = self.encode(events, state)
-        return shift(outputs, self.user_embedding(state), events.offsets)
+        if events.num_events == 0:
+            return self.encode(events, state)[0]
+        outputs = self.outputs_at(events, state, events.next_times)
+        before = self.user_embedding(state, events.first_times)
+        return shift(outputs, before, events.offsets)
+
+    def outputs_at(self, events: Batch, state: S, at: Tensor) -> Tensor:
+        """Outputs ``[N, D]`` after each event, as of the times ``at [N]`` of requests.
+
+        They are those of ``encode`` in a model that does not use the time of the request; another
+        overrides this, and so is trained with the times of the events to be predicted.
+        """
+        return self.encode(events, state)[0]
 
     def user_embedding(self, state: S, at: Tensor | None = None) -> Tensor:
         """The user vector of a state, ``[B, D]``, at the times ``at [B]`` of requests.

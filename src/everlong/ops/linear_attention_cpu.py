@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     first: Array  # [B + 1] the requests of each user
     cut: Array  # [Q]
     at: Array  # [Q]
-    places: Array  # [Q + 1] the candidates of each request
+    candidates: Array  # [Q + 1] the candidates of each request
     rates: Array  # [M] float64
     before: Array  # [B] when the sums were
 
@@ -152,7 +152,7 @@ def _read_part(work, x, read, total):  # type: ignore[no-untyped-def]
             event += 1
         for m in range(x.rates.shape[0]):
             kept = sums.dtype.type(np.exp(-x.rates[m] * (x.at[request] - _now(x, user, event))))
-            for place in range(x.places[request], x.places[request + 1]):
+            for place in range(x.candidates[request], x.candidates[request + 1]):
                 q, out = x.queries[place, head], read[place, head, m]
                 for i in range(q.shape[0]):
                     row, share = sums[m, i], q[i] * kept
@@ -172,7 +172,7 @@ def _ask_part(work, x, given, d_queries):  # type: ignore[no-untyped-def]
             event += 1
         for m in range(x.rates.shape[0]):
             kept = sums.dtype.type(np.exp(-x.rates[m] * (x.at[request] - _now(x, user, event))))
-            for place in range(x.places[request], x.places[request + 1]):
+            for place in range(x.candidates[request], x.candidates[request + 1]):
                 d_q, d_out = d_queries[place, head], given.read[place, head, m]
                 for i in range(d_q.shape[0]):
                     row, found = sums[m, i], given.mass[place, head, m] * much[m, i]
@@ -193,7 +193,7 @@ def _back_part(work, x, given, found):  # type: ignore[no-untyped-def]
             _take_back(x, user, head, event, sums, mass, found)
         for m in range(x.rates.shape[0]):
             kept = sums.dtype.type(np.exp(-x.rates[m] * (x.at[request] - _now(x, user, event))))
-            for place in range(x.places[request], x.places[request + 1]):
+            for place in range(x.candidates[request], x.candidates[request + 1]):
                 q, d_out = x.queries[place, head], given.read[place, head, m]
                 for i in range(q.shape[0]):
                     row, share = sums[m, i], q[i] * kept

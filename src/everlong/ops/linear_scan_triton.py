@@ -209,7 +209,7 @@ def _ends(  # type: ignore[no-untyped-def]
         used = start > tl.load(offsets + user)
     else:
         used = stop < tl.load(offsets + user + 1)
-    # nothing follows the user's last chunk, so nobody asks for its end
+    # nothing follows the user's last chunk, so its end is not needed
     count = tl.where(used, stop - start, 0)
     re = tl.full([LANES], 0, values.dtype.element_ty)
     im = re

@@ -4,7 +4,7 @@ A query with visible columns ``first .. stop - 1`` of its keys gives
 
     sum_c silu(q . k_c + bias_c) v_c / (stop - first)
 
-and zero where it sees nothing. Queries and keys are packed rows; a plan of blocks says which
+and zero where it sees nothing. Queries and keys are packed rows; a mask of blocks says which
 queries see which keys, so that no table of all queries by all keys ever exists. A NaN in a key or a
 value may reach every query of the blocks that hold it.
 
@@ -74,7 +74,7 @@ def pointwise_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: Sequence[Blocks],
+    mask: Sequence[Blocks],
     bias: RelativeBias | None = None,
 ) -> Tensor:
     """What each query makes of the values that it sees, by the fast form.
@@ -82,7 +82,7 @@ def pointwise_attention(
     Args:
         query: ``[Nq, H, E]``; narrow dtypes are computed in float32.
         key, value: ``[Nk, H, E]``.
-        plan: blocks in which each query is valid at most once.
+        mask: blocks in which each query is valid at most once.
         bias: added to the scores.
 
     Returns:
@@ -93,7 +93,7 @@ def pointwise_attention(
     """
     _check(query, key, value, bias)
     tables = (None,) * 4 if bias is None else bias
-    mixed: Tensor = _Attention.apply(query, key, value, *tables, tuple(plan))  # type: ignore[no-untyped-call]
+    mixed: Tensor = _Attention.apply(query, key, value, *tables, tuple(mask))  # type: ignore[no-untyped-call]
     return mixed
 
 
@@ -101,13 +101,13 @@ def reference_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    plan: Sequence[Blocks],
+    mask: Sequence[Blocks],
     bias: RelativeBias | None = None,
 ) -> Tensor:
     """The same as ``pointwise_attention``, one query at a time, by autograd."""
     _check(query, key, value, bias)
     mixed = [torch.zeros_like(row) for row in query]
-    for block in plan:
+    for block in mask:
         for r, n in block.valid.nonzero().tolist():
             first, stop, row = int(block.first[r, n]), int(block.stop[r, n]), block.queries[r, n]
             if stop <= first:
@@ -175,13 +175,13 @@ class _Attention(torch.autograd.Function):
         elapsed: Tensor | None,
         query_times: Tensor | None,
         key_times: Tensor | None,
-        plan: tuple[Blocks, ...],
+        mask: tuple[Blocks, ...],
     ) -> Tensor:
-        ctx.plan, ctx.dtype = plan, query.dtype
+        ctx.mask, ctx.dtype = mask, query.dtype
         ctx.save_for_backward(query, key, value, distance, elapsed, query_times, key_times)
         with torch.autocast(query.device.type, enabled=False):
             queries, keys, values = (_Rows.of(part) for part in (query, key, value))
-            chunks = _chunks(plan, query.shape[1])
+            chunks = _chunks(mask, query.shape[1])
             mixed, room = queries.zeros(), _Room(queries.flat, chunks, query.shape[1])
             for block in chunks:
                 bias = _block_bias(block, queries, distance, elapsed, query_times, key_times)
@@ -199,7 +199,7 @@ class _Attention(torch.autograd.Function):
             given, d_query = _Rows.of(grads[0]), queries.zeros()
             d_key, d_value = keys.zeros(), values.zeros()
             d_bias = None if distance is None else _BiasGrads.like(distance, elapsed)
-            chunks = _chunks(ctx.plan, query.shape[1])
+            chunks = _chunks(ctx.mask, query.shape[1])
             room, other = (_Room(queries.flat, chunks, query.shape[1]) for _ in range(2))
             for block in chunks:
                 bias = _block_bias(block, queries, distance, elapsed, query_times, key_times)
@@ -313,10 +313,10 @@ def _block_bias(
     )
 
 
-def _chunks(plan: Sequence[Blocks], heads: int) -> list[Blocks]:
+def _chunks(mask: Sequence[Blocks], heads: int) -> list[Blocks]:
     """The blocks, in parts that have few scores at one time."""
     chunks = []
-    for block in plan:
+    for block in mask:
         each = heads * block.queries.shape[1] * block.keys.shape[1]
         number = max(1, CHUNK_SCORES // max(each, 1))
         for start in range(0, block.queries.shape[0], number):

@@ -1,7 +1,7 @@
 """Softmax attention with rotary positions over packed rows, for decoders of the Llama family.
 
 A query with visible columns ``first .. stop - 1`` of its keys, itself the last of them, gives
-``sum_c softmax_c(q . k_c / sqrt(E)) v_c`` and zero where it sees nothing. The plan is that of
+``sum_c softmax_c(q . k_c / sqrt(E)) v_c`` and zero where it sees nothing. The mask is that of
 ``pointwise_attention``. Positions are columns: query and keys are turned (RoFormer, arXiv
 2104.09864, eq. 34) where they meet, so that only their distance counts, keys are stored as they
 are, and a kept one may be seen from elsewhere in another column.
@@ -27,14 +27,14 @@ CHUNK_SCORES = 1 << 18
 
 
 def softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Sequence[Blocks], frequencies: Tensor
+    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[Blocks], frequencies: Tensor
 ) -> Tensor:
     """What each query makes of the values that it sees.
 
     Args:
         query: ``[Nq, H, E]``.
         key, value: ``[Nk, G, E]``, G a divisor of H: head h reads group ``h // (H / G)``.
-        plan: blocks in which each query is valid at most once.
+        mask: blocks in which each query is valid at most once.
         frequencies: ``[E / 2]`` radians a column.
 
     Returns:
@@ -46,7 +46,7 @@ def softmax_attention(
     _check(query, key, value, frequencies)
     rows, mixed = [], []
     remember = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    for block in _chunks(plan, query.shape[1]):
+    for block in _chunks(mask, query.shape[1]):
         if remember:
             found: Tensor = checkpoint(
                 _attend, query, key, value, block, frequencies, use_reentrant=False
@@ -62,14 +62,14 @@ def softmax_attention(
 
 
 def reference_softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, plan: Sequence[Blocks], frequencies: Tensor
+    query: Tensor, key: Tensor, value: Tensor, mask: Sequence[Blocks], frequencies: Tensor
 ) -> Tensor:
     """The same as ``softmax_attention``, one query at a time."""
     _check(query, key, value, frequencies)
     share = query.shape[1] // key.shape[1]
     # zeros that are part of the graph, also where no query sees anything
     mixed = [0.0 * row for row in query]
-    for block in plan:
+    for block in mask:
         for r, n in block.valid.nonzero().tolist():
             first, stop, row = int(block.first[r, n]), int(block.stop[r, n]), block.queries[r, n]
             if stop <= first:
@@ -118,9 +118,9 @@ def _attend(
     return found.masked_fill(empty[..., None], 0.0)[block.valid]
 
 
-def _chunks(plan: Sequence[Blocks], heads: int) -> Iterator[Blocks]:
+def _chunks(mask: Sequence[Blocks], heads: int) -> Iterator[Blocks]:
     """The blocks, in parts that have few scores at one time."""
-    for block in plan:
+    for block in mask:
         each = heads * block.queries.shape[1] * block.keys.shape[1]
         number = max(1, CHUNK_SCORES // max(each, 1))
         for start in range(0, block.queries.shape[0], number):

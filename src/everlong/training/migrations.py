@@ -21,7 +21,7 @@ SETTINGS_2: Mapping[str, str] = {"piece_events": "micro_batch_events"}
 VALUES_2: Mapping[str, Mapping[str, str]] = {"loss": {"nce": "infonce"}}
 """Their values: new name of the setting, old value, new value."""
 
-PARAMETERS_2: Mapping[str, str] = {}
+PARAMETERS_2: Mapping[str, str] = {"log_sharpness_bias": "log_inverse_temperature"}
 """Parameters of models: one part of a dotted name, and what it is called now."""
 
 ARCHITECTURE_2: Mapping[str, str] = {}

@@ -12,18 +12,18 @@ from torch import Tensor
 from everlong.ops.pointwise_attention import Blocks
 
 QUERIES = 128
-"""Most queries of a span: keys are gathered once for all of them, and a span of a causal run
+"""Most queries of a run: keys are gathered once for all of them, and a run of a causal run
 computes up to half of so many columns in vain."""
 
 SHORT = 16
-"""Spans with up to so many keys share a block."""
+"""MaskRuns with up to so many keys share a block."""
 
 
-class Spans(NamedTuple):
+class MaskRuns(NamedTuple):
     """R runs of queries, each with one run of keys.
 
-    Query n of a span stands in row ``row + n`` of the queries. It sees ``prefix + n + 1`` columns
-    of the span's keys but for those before ``first``, and of these the last ``window`` alone.
+    Query n of a run stands in row ``row + n`` of the queries. It sees ``prefix + n + 1`` columns
+    of the run's keys but for those before ``first``, and of these the last ``window`` alone.
     """
 
     owner: Tensor  # [R] what the keys are found by, such as a batch row
@@ -45,41 +45,43 @@ def split_runs(lengths: Tensor, most: int = QUERIES) -> tuple[Tensor, Tensor, Te
     return run, begin, (lengths[run] - begin).clamp(max=most)
 
 
-def make_plan(
-    spans: Spans, keys_at: Callable[[Tensor, Tensor], Tensor], window: int | None = None
+def block_mask(
+    runs: MaskRuns, keys_at: Callable[[Tensor, Tensor], Tensor], window: int | None = None
 ) -> list[Blocks]:
-    """Blocks of spans with similar numbers of keys, of which about a fifth are padding.
+    """Blocks of runs with similar numbers of keys, of which about a fifth are padding.
 
     Of the pairs of queries and columns in a block about half are seen; with a window that is short
     beside ``QUERIES`` a third.
 
     Args:
-        spans: the runs.
-        keys_at: rows of the keys, from the spans' owners ``[R, 1]`` and columns ``[R, C]``.
+        runs: the runs.
+        keys_at: rows of the keys, from the runs' owners ``[R, 1]`` and columns ``[R, C]``.
         window: most columns that a query sees; None = all.
     """
-    width = spans.prefix + spans.queries
+    width = runs.prefix + runs.queries
     order = torch.argsort(width, stable=True)
     known = width[order].tolist()
-    plan, low = [], 0
+    mask, low = [], 0
     while low < len(known):
         high = bisect_right(known, max(SHORT, known[low] * 5 // 4), lo=low)
-        plan.append(_block(Spans(*(v[order[low:high]] for v in spans)), keys_at, window))
+        mask.append(_block(MaskRuns(*(v[order[low:high]] for v in runs)), keys_at, window))
         low = high
-    return plan
+    return mask
 
 
-def _block(spans: Spans, keys_at: Callable[[Tensor, Tensor], Tensor], window: int | None) -> Blocks:
-    device, last = spans.row.device, spans.queries[:, None] - 1
-    width = spans.prefix + spans.queries
-    query = torch.arange(int(spans.queries.max()), device=device)
+def _block(
+    runs: MaskRuns, keys_at: Callable[[Tensor, Tensor], Tensor], window: int | None
+) -> Blocks:
+    device, last = runs.row.device, runs.queries[:, None] - 1
+    width = runs.prefix + runs.queries
+    query = torch.arange(int(runs.queries.max()), device=device)
     column = torch.arange(int(width.max()), device=device)
     nth = query.minimum(last)
-    stop = spans.prefix[:, None] + nth + 1
-    first = spans.first[:, None].expand_as(stop)
+    stop = runs.prefix[:, None] + nth + 1
+    first = runs.first[:, None].expand_as(stop)
     if window is not None:
         first = first.maximum(stop - window)
     # padding repeats the last column; columns before ``first``, which may be nowhere, are not asked
-    columns = column.minimum(width[:, None] - 1).maximum(spans.first[:, None])
-    keys = keys_at(spans.owner[:, None], columns)
-    return Blocks(spans.row[:, None] + nth, keys, first, stop, query <= last)
+    columns = column.minimum(width[:, None] - 1).maximum(runs.first[:, None])
+    keys = keys_at(runs.owner[:, None], columns)
+    return Blocks(runs.row[:, None] + nth, keys, first, stop, query <= last)

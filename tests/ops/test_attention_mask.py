@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from everlong.ops.spans import Spans, make_plan, split_runs
+from everlong.ops.attention_mask import MaskRuns, block_mask, split_runs
 
 
 def test_runs_are_cut_into_pieces() -> None:
@@ -30,11 +30,11 @@ def test_plans_hold_every_query_once_with_its_columns(
     first = torch.tensor([min(f, p) for _, p, f in parts], dtype=torch.int64)
     row = queries.cumsum(0) - queries
     owner = torch.arange(len(parts))
-    plan = make_plan(
-        Spans(owner, row, queries, prefix, first), lambda o, c: 1000 * o + c, window=window
+    mask = block_mask(
+        MaskRuns(owner, row, queries, prefix, first), lambda o, c: 1000 * o + c, window=window
     )
     found: dict[int, list[int]] = {}
-    for block in plan:
+    for block in mask:
         for keys, rows, low, high, valid in zip(*(block[i] for i in (1, 0, 2, 3, 4)), strict=True):
             for query, a, b in zip(rows[valid], low[valid], high[valid], strict=True):
                 assert int(query) not in found
@@ -51,8 +51,8 @@ def test_plans_hold_every_query_once_with_its_columns(
 def test_spans_of_alike_widths_share_blocks() -> None:
     number = torch.arange(20, 220)
     zero = torch.zeros_like(number)
-    spans = Spans(zero, number.cumsum(0) - number, number, zero, zero)
-    plan = make_plan(spans, lambda owner, column: owner + column)
-    assert len(plan) < 16
-    places = sum(block.keys.numel() for block in plan)
+    spans = MaskRuns(zero, number.cumsum(0) - number, number, zero, zero)
+    mask = block_mask(spans, lambda owner, column: owner + column)
+    assert len(mask) < 16
+    places = sum(block.keys.numel() for block in mask)
     assert places <= 1.25 * int(number.sum()) + 16
