@@ -21,7 +21,7 @@ import everlong
 from everlong.data.events import Events
 from everlong.data.ids import IdMap
 from everlong.recommender.recommender import Recommender
-from everlong.server.engine.served_model import ServedModel, Wanted
+from everlong.server.engine.served_model import ServedModel, Wanted, state_digest
 from everlong.server.engine.service import Service
 from everlong.server.store.log import Event
 from everlong.system.progress import Progress
@@ -369,6 +369,32 @@ def test_a_model_folder(name: str, copied: Path, events: Events) -> None:
     again.save(copied / "again")
     moved = everlong.load(copied / "again")
     check_model(ask_model(moved, events), name)
+
+
+DIGESTS = {
+    "gru4rec": "2739dfa1bd91d0f01f5be34da3647f2d",
+    "hllm": "23f28d79800fca5b6b1545c390748314",
+    "hstu": "331bc2c0377fb73bedced5a835b71ccc",
+    "lru": "29dc38cd8b48cf704087944c53800fd9",
+    "lru_vectors": "45ea536ae6f9e37d0aa364b957642af2",
+    "markov": "512ff1c5dc81efb99912b81345f77b45",
+    "persrec": "55a124eb4f437177c5ca356cff00baaf",
+    "persrec_hllm": "ba9964ae33e4da60b08a76547f291474",
+    "persrec_paper": "293883ec48c668d99a1eba517aaf5c23",
+    "persrec_paper_hllm": "49f14548057dc162f6c33859c4fe1da3",
+    "popularity": "82a893b34c7f130c47026ed16041b6fe",
+    "recent_popularity": "e6a3bcb7b63775e130dd24919d9c31fb",
+    "sasrec": "bb1856c1c8f79d1bd5ef9be4b01b78e5",
+    "two_stage_ifa": "bd710ec78d12bfc61cdd8cbf5389919e",
+    "two_stage_target_attention": "e305d4324e356b65eb3f125660e3ac49",
+}
+"""What version 1 called each model in the records of states and in the file of the service."""
+
+
+def test_a_model_is_found_by_the_digest_that_it_had() -> None:
+    for name, digest in DIGESTS.items():
+        recommender = everlong.load(STORED / "models" / name)
+        assert state_digest(recommender.model, recommender.item_ids).hex() == digest, name
 
 
 def test_a_model_takes_items_by_the_vectors_that_it_was_trained_with(

@@ -108,7 +108,7 @@ def test_each_row_comes_from_the_event_before_across_the_cuts() -> None:
     outputs, _ = model.encode(Batch.from_histories([items], [[0] * 14]))
     assert trained.shape[0] == len(items)
     torch.testing.assert_close(trained[1:], outputs[:-1])
-    torch.testing.assert_close(trained[0], model.reader.backbone.nobody())
+    torch.testing.assert_close(trained[0], model.reader.backbone.without_events())
 
 
 def test_training_draws_cuts_and_gaps() -> None:

@@ -55,10 +55,9 @@ class TargetAttentionConfig(RankerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reader not in get_args(ReaderKind):
-            raise ValueError(
-                f"expected reader one of {', '.join(get_args(ReaderKind))}, received {self.reader!r}"
-            )
+        names = get_args(ReaderKind)
+        if self.reader not in names:
+            raise ValueError(f"expected reader one of {', '.join(names)}, received {self.reader!r}")
         if self.window < 1 or self.found < 1 or self.newest < 1:
             raise ValueError(
                 "expected window, found and newest >= 1, received "

@@ -45,6 +45,12 @@ def parameters_2(values: Mapping[str, V]) -> dict[str, V]:
     }
 
 
+def first_parameter(name: str) -> str:
+    """The dotted name that version 1 gave a parameter of today."""
+    first = {new: old for old, new in PARAMETERS_2.items()}
+    return ".".join(first.get(part, part) for part in name.split("."))
+
+
 def architecture_2(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a model, and of those inside it, by the names of version 2."""
     return {

@@ -25,6 +25,7 @@ from everlong.models.user_model import UserModel
 from everlong.recommender.recommender import Recommender, load
 from everlong.server.store.log import Id, Slice
 from everlong.server.store.state_table import StateTable
+from everlong.training.migrations import first_parameter
 
 log = logging.getLogger(__name__)
 
@@ -255,12 +256,26 @@ class _Filters(NamedTuple):
         return list(dict.fromkeys([*self.exclude.unknown, *among]))
 
 
+FIRST_CLASSES = {
+    "PublishedPerSRecHSTU": "PaperPerSRec",
+    "PublishedPerSRecHSTUConfig": "PaperPerSRecConfig",
+    "PublishedPerSRecHLLM": "PaperPerSRecHLLM",
+    "PublishedPerSRecHLLMConfig": "PaperPerSRecHLLMConfig",
+}
+"""Classes of today, and what version 1 called them."""
+
+
 def state_digest(model: UserModel, item_ids: IdMap) -> bytes:
-    """16 bytes that stand for all that states of a model depend on."""
-    digest = hashlib.sha256(
-        f"{type(model).__name__} {model.config!r} {item_ids.fingerprint}".encode()
-    )
-    for name, value in sorted(model.state_dict().items()):
+    """16 bytes that stand for all that states of a model depend on.
+
+    What was renamed counts by its first name: states and data folders of earlier versions hold
+    digests, and a model is the same under another name.
+    """
+    kind, (config, _, settings) = type(model).__name__, repr(model.config).partition("(")
+    kind, config = (FIRST_CLASSES.get(name, name) for name in (kind, config))
+    digest = hashlib.sha256(f"{kind} {config}({settings} {item_ids.fingerprint}".encode())
+    values = {first_parameter(name): value for name, value in model.state_dict().items()}
+    for name, value in sorted(values.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().data)
     return digest.digest()[:16]
