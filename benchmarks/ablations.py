@@ -1,16 +1,16 @@
-"""What each part of PerSRec is worth: one command an ablation, each with a figure.
+"""Ablations of PerSRec: one command per ablation, each with a plot.
 
     python benchmarks/ablations.py tokens         # 1, 2, 4, 8 or 16 tokens
     python benchmarks/ablations.py placement      # the same 8 tokens after 1, 2 or 4 segments
     python benchmarks/ablations.py recent         # a quarter to twice as many recent events
     python benchmarks/ablations.py bias           # relative bias or learned positions
-    python benchmarks/ablations.py gap            # trained with gaps, read at any age
+    python benchmarks/ablations.py gap            # trained with gaps, tested at several ages
     python benchmarks/ablations.py tokens --log synthetic
 
 The log is ml-1m without users of up to p + r = 320 events, so that every target has a past to
 compress; or the synthetic log of ``long_dependency.py`` with the cue in the past segment, where
-the effect is known. Everything but the part in question stays as in ``long_history.py``. Results
-are kept after every run in ``results/ablations``; a run that is there is not made again.
+the effect is known. All other settings are those of ``long_history.py``. Each run writes its result
+to ``results/ablations``; a run with a result is skipped.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Pointwise attention, forward and backward: blocks with fused loops against the published form.
+"""Speed of pointwise attention, forward and backward: fused blocks against the published form.
 
     python benchmarks/attention.py
 
-One user, causal, 2 heads of width 32, one thread. The limit: 14 products of 32 numbers a pair and
-head (4 E operations forward, 10 E backward) and two exponentials. The published form fills a table
-of all queries by all keys for every head, and keeps several of them for the backward pass.
+One user, causal, 2 heads of width 32, one thread. The limit: 14 products of 32 numbers per pair and
+head (4 E operations forward, 10 E backward) and two exponentials. The published form materialises a
+matrix of all queries by all keys for each head, and stores several of them for the backward pass.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
-"""The cost of a request: from cached summaries and recent events, against the whole history.
+"""Latency of a request with cached summaries and recent events, against the whole history.
 
     python benchmarks/compressed_requests.py            # over HSTU
     python benchmarks/compressed_requests.py --hllm     # over HLLM
 
 One core, histories of p + r = 1,024 + 256 events, 4 tokens, one request at a time and 64 at once.
-Only the user vector is made; ranking the catalogue costs the same in all cases and is left out.
-The limit (arXiv 2601.03479): of 1,280 rows of matrix products 256 are left, 20 %, and of 819,840
-pairs of query and key 33,920, 4.1 %.
+Only the user vector is computed; ranking the catalogue costs the same in all cases and is left out.
+The limit (arXiv 2601.03479): 256 of 1,280 rows of matrix products remain, 20 %, and 33,920 of
+819,840 pairs of query and key, 4.1 %.
 
-Measured side by side, in turns:
+Measured in alternation:
 
-* whole: HSTU (or HLLM) reads all 1,280 events again, and of the last layer computes the newest
-  output alone
-  (PerSRec without a cut is HSTU, or HLLM);
-* published: the same with all outputs of the last layer, as a forward pass gives them;
-* cached: PerSRec as published reads 256 recent events beside the summary of 1,024;
-* stream: PerSRec on a stream at its fullest, 256 + 64 events and one summary of 256 (it has read 64
-  events more than the others);
-* ring: it keeps keys and values of all 1,280 events and computes the newest alone.
+* whole: HSTU (or HLLM) encodes all 1,280 events, and computes only the last output of the last
+layer
+  (PerSRec without a boundary is HSTU, or HLLM);
+* published: the same with all outputs of the last layer, as in a forward pass; * cached: PerSRec as
+published encodes 256 recent events with the summary of 1,024; * stream: ``persrec`` at its maximum,
+256 + 64 events and one summary of 256 (64 events more than the
+  others);
+* ring: a cache of the keys and values of all 1,280 events; only the newest event is computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluation of all users of ML-1M's shape over the full catalogue, histories read included.
+"""Speed of evaluation at the shape of ML-1M over the full catalogue, with encoding of histories.
 
 python benchmarks/evaluation.py
 """

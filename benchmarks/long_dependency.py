@@ -1,17 +1,17 @@
-"""How far back a model remembers: scores against the distance between a cue and its answer.
+"""Memory of models: scores against the distance between a cue and its answer.
 
     python benchmarks/long_dependency.py                 # all models, two seeds
     python benchmarks/long_dependency.py --seeds 1
 
-The log is ``long_dependency``: after an ``ask`` come two items, each decided by a cue exactly
-``distance`` events before it, with random items between, and then all of it once more with other
-cues. The test is the last event of users that were not trained on, all before it being read.
-Every model learns from the same answers, all those of the training users, and from no other
-event: the others are random, and two answers in a thousand events would be learned from slowly.
-It meets near cues first and then farther ones. Nothing is chosen on these logs: the settings were
-found on the log of seed 0, which is in no result.
+The log is ``long_dependency``: two items follow an ``ask`` item, each determined by a cue exactly
+``distance`` events before it, with random items between; then a second episode has other cues. The
+test target is the last event of users outside training, after all events before it. The labels of
+all models are the answers of the training users and no other events: the others are random, and
+with two answers in a thousand labels training would be slow. Training begins with short distances.
+No
+setting was chosen on these logs: settings were tuned on the log of seed 0, which is in no result.
 
-Some distances are never trained; they show what a model makes of a distance that it has not met.
+Some distances are never trained; they measure generalisation to other distances.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TEST_USERS = 200
 
 
 class Stage(NamedTuple):
-    """One part of the training: users at each of some distances, and how often they are read."""
+    """A stage of the curriculum: its distances, users for each distance, and epochs."""
 
     distances: tuple[int, ...]
     users: int

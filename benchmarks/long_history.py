@@ -1,16 +1,15 @@
-"""What compression keeps of a long history: models side by side, with the same budget of training.
+"""Quality of compressed histories: a comparison of models with the same training budget.
 
     python benchmarks/long_history.py run ml-1m paper persrec --seed 0
     python benchmarks/long_history.py all                 # every run that has no result yet
-    python benchmarks/long_history.py requests            # milliseconds a request and an event
+    python benchmarks/long_history.py requests            # milliseconds per request and per event
     python benchmarks/long_history.py table               # the tables of docs/compression.md
 
-Histories are read whole: no protocol cuts them to a window. HSTU sees all of a history; or in each
-of its three layers the last r = 64 events, 3 (r - 1) + 1 = 190 in all; or in each the last 22, r in
-all. PerSRec sees r recent events, give or take a few, and of the p before them what K tokens a
-segment tell. The logs are those of
-``quality.py``, as are its baselines' settings.
-Each run writes ``results/long_history/<data>-<protocol>-<model>-<seed>.json``.
+Histories are whole: no protocol has a window. HSTU attends to the whole history; or in each of its
+three layers to the last r = 64 events, 3 (r - 1) + 1 = 190 in total; or in each to the last 22, r
+in total. PerSRec has about r recent events and summaries of K tokens per segment for the p events
+before them. Logs and settings of baselines are those of ``quality.py``. Each run writes
+``results/long_history/<data>-<protocol>-<model>-<seed>.json``.
 """
 
 from __future__ import annotations
@@ -63,10 +62,10 @@ TABLE = (
 )
 
 PAST, RECENT = 256, 64
-"""Events p that are compressed and r that are not. Users with more than p + r are long."""
+"""Numbers of compressed (p) and recent (r) events; users with more than p + r events are long."""
 
 WHOLE = {"ml-1m": 2_304, "ml-latest-small": 2_704, "ml-100k": 768, "online-retail": 2_304}
-"""Windows longer than any history, but for six of 4,339 users of online-retail."""
+"""Windows longer than any history, except for six of 4,339 users of online-retail."""
 
 SHAPE = {"layers": 3, "heads": 2}
 DROPOUT = {"ml-1m": 0.2, "ml-latest-small": 0.3, "ml-100k": 0.3, "online-retail": 0.3}
@@ -225,7 +224,7 @@ def by_summary_age(found: Evaluation, model: UserModel) -> list[dict[str, Any]]:
 
 @app.command("all")
 def run_all(data_dir: Path = DATA_DIR, only: str = "", seeds: int = len(SEEDS)) -> None:
-    """Runs whatever has no result yet, one seed after the other."""
+    """Runs everything without a result, seed by seed."""
     for seed in SEEDS[:seeds]:
         for data, protocol in TABLE:
             for contestant, (model, _) in CONTESTANTS.items():

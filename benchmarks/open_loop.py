@@ -1,11 +1,11 @@
-"""Open-loop load over HTTP: requests are due at times that were drawn before, whatever happens.
+"""An open-loop HTTP load generator: arrival times are drawn in advance, independent of responses.
 
-A client that waits for an answer before it sends again stops asking when the server stands still,
-and so measures one slow request where many users would have waited (coordinated omission). Here a
-request is due when it is due, and its latency counts from then on.
+A closed-loop client, which waits for a response before it sends the next request, stops sending
+while the server stalls, and so measures one slow request where many users would have waited
+(coordinated omission). Here the latency of a request counts from its scheduled arrival.
 
-The protocol is written out because a general client costs more than the server that it measures:
-requests are bytes made beforehand, of an answer only status and length are read.
+The HTTP client is written by hand because a general client costs more CPU than the server that it
+measures: requests are prepared bytes, and only status and length of a response are parsed.
 """
 
 from __future__ import annotations
@@ -21,50 +21,50 @@ from typing import NamedTuple
 import numpy as np
 
 LATE_S = 0.002
-"""A generator that begins more than one request in a hundred so late is too slow to measure."""
+"""Maximum p99 delay of a request behind its schedule; above it the generator is too slow."""
 
 SWEEP_S = 0.1
 
 
 class Load(NamedTuple):
-    """``N`` requests and when they are due."""
+    """``N`` requests and their arrival times."""
 
     due: np.ndarray
-    """Seconds from the start, rising ``[N]``."""
+    """Seconds from the start, increasing, ``[N]``."""
     requests: Sequence[bytes]
 
 
 class Answers(NamedTuple):
-    """What became of ``N`` requests; times in seconds from the start, each ``[N]``."""
+    """The responses to ``N`` requests; times in seconds from the start, each ``[N]``."""
 
     due: np.ndarray
     begun: np.ndarray
-    """When the generator came to it: later than due if the generator is slow."""
+    """When the generator processed the request: later than due if the generator is slow."""
     done: np.ndarray
-    """When the last byte of the answer was there, or it was given up."""
+    """When the last byte of the response arrived, or the request timed out."""
     status: np.ndarray
-    """Of HTTP; 0 without an answer."""
+    """The HTTP status; 0 without a response."""
 
     @property
     def latency(self) -> np.ndarray:
-        """From when a request was due ``[N]``."""
+        """Seconds from the arrival time of each request, ``[N]``."""
         return self.done - self.due
 
     @property
     def good(self) -> np.ndarray:
-        """Which were answered with 2xx ``[N]``."""
+        """Whether the status is 2xx, ``[N]``."""
         return self.status // 100 == 2
 
     def where(self, chosen: np.ndarray) -> Answers:
-        """Some of them."""
+        """A subset of the responses."""
         return Answers(*(values[chosen] for values in self))
 
 
 def arrivals(draw: np.random.Generator, *phases: tuple[float, float]) -> np.ndarray:
-    """Poisson arrivals of phases that follow each other, each a rate per second and seconds."""
+    """Poisson arrivals in consecutive phases, each with a rate per second and a duration."""
     times, start = [np.zeros(0)], 0.0
     for rate, seconds in phases:
-        # a Poisson process is a Poisson number of points that lie anywhere
+        # given their Poisson-distributed number, arrivals are uniform over the phase
         count = draw.poisson(rate * seconds)
         times.append(start + np.sort(draw.uniform(0.0, seconds, count)))
         start += seconds
@@ -74,14 +74,14 @@ def arrivals(draw: np.random.Generator, *phases: tuple[float, float]) -> np.ndar
 def send(
     port: int, load: Load, *, timeout: float = 5.0, connections: int = 4_000, ready: int = 64
 ) -> Answers:
-    """Sends a load to a port of this machine and returns when all is answered or given up.
+    """Sends a load to a local port and returns when all requests have a response or timed out.
 
     Args:
-        port: where an HTTP/1.1 server listens that keeps connections.
-        load: what, and when.
-        timeout: seconds after it was due at which a request is given up.
-        connections: most that are open; requests beyond them wait, and their time counts.
-        ready: connections that are opened before the first request is due.
+        port: the port of an HTTP/1.1 server with persistent connections.
+        load: the requests and their arrival times.
+        timeout: seconds from its arrival time after which a request times out.
+        connections: maximum number of open connections; the wait for one counts as latency.
+        ready: connections that are opened before the first request.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -94,7 +94,7 @@ def send(
 
 
 def percentiles_ms(seconds: np.ndarray) -> dict[str, float]:
-    """p50, p90, p99, p99.9 and the largest of all samples, in milliseconds."""
+    """p50, p90, p99, p99.9 and the maximum of all samples, in milliseconds."""
     if not len(seconds):
         return {}
     points = np.percentile(seconds, (50, 90, 99, 99.9, 100))
@@ -103,10 +103,10 @@ def percentiles_ms(seconds: np.ndarray) -> dict[str, float]:
 
 
 def summary(answers: Answers) -> dict[str, object]:
-    """Latencies of the good ones, of the others, and whether the generator kept up.
+    """Latencies of successes and of errors, and whether the generator kept up.
 
-    Latencies count from when requests were due, so that a generator that falls behind makes them
-    larger; ``generator_kept_up`` says whether they are the server's.
+    Latencies count from the arrival times, so a slow generator increases them;
+    ``generator_kept_up`` is True if they are those of the server.
     """
     good, lag = answers.good, answers.begun - answers.due
     seen, counts = np.unique(answers.status, return_counts=True)
@@ -122,7 +122,7 @@ def summary(answers: Answers) -> dict[str, object]:
 
 
 class _Microseconds(selectors.EpollSelector):
-    """epoll waits in whole milliseconds, ``select`` on it in microseconds."""
+    """A selector with microsecond resolution: ``select`` on the epoll, which has milliseconds."""
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None or timeout > 0:
@@ -135,7 +135,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection with at most one request on its way."""
+    """A connection with at most one request in flight."""
 
     transport: asyncio.Transport
 
@@ -189,7 +189,7 @@ class _Sender:
         return Answers(self.load.due, self.begun, self.done, self.status)
 
     def _send_due(self) -> None:
-        """Begins every request that is due, and comes again for the one after."""
+        """Starts all requests that are due, and schedules itself for the next one."""
         while self.next < len(self.due):
             now = self.loop.time() - self.start
             if self.due[self.next] > now:
@@ -253,7 +253,7 @@ class _Sender:
             self.finished.set_result(None)
 
     def _sweep(self) -> None:
-        """Gives up what is overdue."""
+        """Times out overdue requests."""
         limit = self.loop.time() - self.start - self.timeout
         while self.waiting and self.due[self.waiting[0]] < limit:
             self._finish(self.waiting.popleft(), 0)

@@ -1,12 +1,12 @@
-"""Where linear attention loses to softmax: one event that matters among many that do not.
+"""Linear against softmax attention: one relevant event among many irrelevant ones.
 
     python benchmarks/planted_match.py
 
-A history has one of 16 keys at a random place among L fillers; five candidates are shown, each the
-partner of a key, and the one whose key is in the history is to be ranked first (chance 0.2). Every
-reader is trained anew for every L, with the same number of updates. Linear attention knows the
-history through sums alone, so that its feature map decides how sharply it can look; with recent
-events beside it, the last 32 are read by softmax, too; the key is one of them in 32 of L cases.
+A history has one of 16 keys at a random position among L fillers. Each of five candidates is the
+partner of a key; the target is the partner of the key in the history (chance 0.2). Each reader is
+trained separately for each L, with the same number of updates. Linear attention accesses the
+history only through sums, so its feature map limits the sharpness of attention. With recent events,
+softmax attention also covers the last 32; the key is one of them in 32 of L cases.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ READERS: Mapping[str, Mapping[str, Any]] = {
 
 
 def main(updates: int = 1_600, seeds: int = 1) -> None:
-    """Trains and tests all readers at all lengths; what is done already is not done again."""
+    """Trains and tests all readers at all lengths, except those with a result."""
     path = RESULTS / "planted_match.json"
     record = json.loads(path.read_text()) if path.exists() else {"runs": []}
     record |= {"updates": updates, "batch": BATCH, "keys": KEYS, "fillers": FILLERS}

@@ -1,7 +1,7 @@
-"""LRURec as published, to compare: padded rows, complex numbers, recursive doubling, all logits.
+"""LRURec as published: padded rows, complex numbers, recursive doubling, all logits.
 
 Written from the equations of arXiv 2310.02367 and a description of the published code's behaviour.
-It reads the parameters of an ``everlong`` LRU, so that both compute the same loss.
+It uses the parameters of an ``everlong`` LRU, so that both compute the same loss.
 """
 
 from __future__ import annotations

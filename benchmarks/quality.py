@@ -1,4 +1,4 @@
-"""Recommendation quality on real logs: one run, or all runs of the results table.
+"""Quality on real logs: one run, or all runs of the results table.
 
     python benchmarks/quality.py run ml-1m paper lru --seed 0
     python benchmarks/quality.py all            # every run that has no result yet
@@ -83,7 +83,7 @@ def dropout_settings(model: str, dropout: float) -> dict[str, float]:
 
 
 def read_log(data: str, data_dir: Path, seed: int) -> Events:
-    """A log; random ties are broken once for all seeds, so that all runs rank the same targets."""
+    """Reads a log; random ties have one seed for all runs, so that their targets are equal."""
     log = LOGS[data]
     path = data_dir / data / "interactions.parquet"
     return read_events(path, timestamp=log.timestamp, ties=log.ties, seed=0)  # type: ignore[arg-type]
@@ -168,7 +168,7 @@ def search(data: str, protocol: str, model: str, data_dir: Path = DATA_DIR) -> N
 
 @app.command("all")
 def run_all(data_dir: Path = DATA_DIR, only: str = "", models: str = "") -> None:
-    """Runs whatever has no result yet."""
+    """Runs everything without a result."""
     for data, protocol in TABLE:
         for model in (*COUNTING, *LEARNING):
             for seed in SEEDS if model in LEARNING else SEEDS[:1]:
@@ -179,7 +179,7 @@ def run_all(data_dir: Path = DATA_DIR, only: str = "", models: str = "") -> None
 
 
 def shorten(result: dict[str, Any]) -> dict[str, Any]:
-    """A result without what is never looked at: by history length, two metrics are enough."""
+    """A result with only two metrics by history length, to keep the record small."""
     short = [
         row for row in result["by_history_length"] if row["metric"] in ("NDCG@10", "Recall@10")
     ]

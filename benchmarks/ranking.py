@@ -1,19 +1,18 @@
-"""Rankers side by side: candidates that were shown together, the history strictly before them.
+"""Quality of rankers on real logs: candidates of one request, and the history before it.
 
     python benchmarks/ranking.py run kuairand-pure ifa --seed 0
     python benchmarks/ranking.py all                 # every run that has no result yet
     python benchmarks/ranking.py table               # the tables of docs/ranking.md
 
-Requests are cut by time: the last tenth of the candidates is the test, the tenth before it is what
-models and epochs are chosen by. All models have the same features, training and budget. Data, by
-log:
+Requests are split by time: the last tenth of the candidates is for test, the tenth before it for
+validation. All models have the same features, training and budget. The logs:
 
 * kuairand-pure: exposures with clicks, requests are sessions; before them each user's last 50
-  exposures, of which the outcome and the time of each are not known.
+  exposures, without outcomes and timestamps.
 * kuairand-27k-like-hate: likes and dislikes, requests are sessions.
-* ml-latest-small, ml-100k: films rated at least 4 or less, requests are sessions of rating.
+* ml-latest-small, ml-100k: ratings of at least 4 are positive, requests are sessions of rating.
 
-What follows an exposure is never an input for its own label, as a request sees what is before it.
+An outcome is never an input for its own label, because a history ends strictly before its request.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "ranking.md"
 SEEDS = (0, 1, 2)
 LONG = 500
 UNKNOWN = 10
-"""The outcome of an event of which none is known; 0 to 9 are outcomes."""
+"""The code of an unknown outcome; 0 to 9 are outcomes."""
 
 WEEK_S = 7 * 86_400.0
 SHAPE = {"dim": 64, "heads": 4, "dropout": 0.2}
@@ -85,7 +84,7 @@ CONTESTANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 TRAINING: Mapping[str, Mapping[str, Any]] = {
     "IFA, larger sets in training": {"candidate_drop": 0.2, "unexposed": 50},
 }
-"""What some contestants train with beside the budget."""
+"""Settings of training of some models, in addition to the budget."""
 LOGS = ("kuairand-pure", "kuairand-27k-like-hate", "ml-latest-small", "ml-100k")
 BUDGETS: Mapping[str, Mapping[str, Any]] = {
     "kuairand-pure": {"epochs": 8, "batch_size": 16_384, "lr": 1e-3, "patience": 3},
@@ -141,7 +140,7 @@ def labelled(rows: pl.DataFrame, unit: str) -> Events:
 
 
 def kuairand(path: Path) -> tuple[Events, pl.DataFrame]:
-    """Exposures after what is kept of each user's history before them."""
+    """Exposures after the retained part of each user's earlier history."""
     shown = pl.read_parquet(path / "exposures.parquet").select(
         "user_id",
         "item_id",
@@ -199,7 +198,7 @@ def build(name: str, shape: Mapping[str, Any], data: Data, seed: int) -> Ranker:
 
 
 def by_rate(data: Data, requests: Requests) -> Ranked:
-    """Every candidate scored by the share of positive labels that its item had in training."""
+    """Scores each candidate by the share of positive labels of its item in training."""
     train = data.parts.train
     known = ~np.isnan(train.labels)
     items, labels = train.items[known], train.labels[known]
@@ -303,7 +302,7 @@ def score(model: Ranker, data: Data, part: str) -> Ranked:
 
 
 def larger_sets(model: Ranker, data: Data, extra: int) -> dict[str, Any]:
-    """What becomes of the scores of the shown candidates when others join their set.
+    """The change of the scores of shown candidates when others are added to their set.
 
     The others are drawn as often as they were shown in training. Of pairs of shown candidates of a
     request, the share whose order turns round; of single ones, the mean change of the logit.
@@ -347,7 +346,7 @@ def long_histories(ranked: Ranked) -> dict[str, Any]:
 
 @app.command("all")
 def run_all(data_dir: Path = DATA_DIR, only: str = "", seeds: int = len(SEEDS)) -> None:
-    """Runs whatever has no result yet, one seed after the other."""
+    """Runs everything without a result, seed by seed."""
     for seed in SEEDS[:seeds]:
         for data in LOGS:
             for contestant, (kind, shape) in CONTESTANTS.items():

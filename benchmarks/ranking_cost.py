@@ -1,17 +1,17 @@
-"""What ranking costs: from the kept state, against softmax attention, and in training.
+"""The cost of ranking: from the stored state, against softmax attention, and in training.
 
     python benchmarks/ranking_cost.py
 
-One core, medians, forms of a comparison in turns. The limits, attention alone, multiply-adds of
-one layer with L events, C candidates, width d = 64 in h = 4 heads: softmax 2 C L d = 1.3e9 at
-L = 10,000 and C = 1,000; from kept sums C d (F + 1) = 1.1e6 with F = 16, whatever the history; one
-event d (F + 1) = 1,100.
+One core, medians, the forms of a comparison in alternation. The limits, attention alone,
+multiply-adds of one layer with L events, C candidates, width d = 64 in h = 4 heads: softmax 2 C L d
+= 1.3e9 at L = 10,000 and C = 1,000; from stored sums C d (F + 1) = 1.1e6 with F = 16, for any
+history; one event d (F + 1) = 1,100.
 
-* read: candidates against events, attention alone.
-* event: one event into the state of each of 64 users, all of the model.
-* rank: 500 candidates from state to scores, all of the model.
-* training: requests of one user over one pass of the history, against a history a candidate; the
-  same logits, so that the losses agree.
+* read: attention of candidates over events, alone.
+* event: one event for each of 64 users, the whole model.
+* rank: 500 candidates from state to scores, the whole model.
+* training: one pass over the history for all requests of a user, against one pass per candidate;
+  the logits, and so the losses, are equal.
 * drift: sums of a million events in float32 against float64.
 """
 
@@ -186,7 +186,7 @@ def requests_of(users: int, length: int, requests: int, candidates: int) -> Requ
 
 
 def one_row_an_impression(batch: RequestBatch) -> RequestBatch:
-    """The same candidates, each with a copy of the history that it sees."""
+    """The same candidates, each with a copy of its history."""
     request = torch.arange(batch.user.numel()).repeat_interleave(batch.offsets.diff())
     cut, start = batch.cut[request], batch.events.offsets[batch.user[request]]
     offsets = torch.cat([cut.new_zeros(1), cut.cumsum(0)])

@@ -1,4 +1,4 @@
-"""Reading and indexing 10 million events from Parquet: seconds and peak memory.
+"""Speed and peak memory of reading 10 million events from Parquet into an event cache.
 
 python benchmarks/reading.py
 """
@@ -26,7 +26,7 @@ EVENTS, USERS, ITEMS = 10_000_000, 500_000, 100_000
 def main(
     read: Annotated[str, typer.Option(help="internal: the file to read and measure")] = "",
 ) -> None:
-    """Writes a log in random order, reads it in a fresh process, and opens the index again."""
+    """Writes a log in random order, reads it in a new process, and opens its event cache."""
     if read:
         print(json.dumps(measure(Path(read))))
         return

@@ -1,4 +1,4 @@
-"""A benchmark's result as JSON: figures, and the versions and hardware that they belong to."""
+"""Result records of benchmarks as JSON, with versions and hardware."""
 
 from __future__ import annotations
 

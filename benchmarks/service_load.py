@@ -1,18 +1,18 @@
-"""The service under load: latencies, peaks, overload, recovery, memory.
+"""Load tests of the server: latency, peak rate, overload, recovery, memory.
 
     python benchmarks/service_load.py mixed                # 1,000 requests/s, events and reads
-    python benchmarks/service_load.py peak                 # the highest rate that holds
-    python benchmarks/service_load.py bulk                 # events/s in calls of 1,000
-    python benchmarks/service_load.py overload             # three times the peak, and after it
-    python benchmarks/service_load.py recovery             # a start with a log and no states
-    python benchmarks/service_load.py backfill             # states of another model from the log
+    python benchmarks/service_load.py peak                 # the highest sustainable rate
+    python benchmarks/service_load.py bulk                 # events/s in requests of 1,000
+    python benchmarks/service_load.py overload             # three times the peak, and recovery
+    python benchmarks/service_load.py recovery             # a start with a log but without states
+    python benchmarks/service_load.py backfill             # states of a new model from the log
     python benchmarks/service_load.py memory               # resident bytes per user
 
-``everlong serve`` runs on one core, the generator on another; between them is the loopback.
-Requests arrive open-loop (``open_loop.py``). The method is that of ETUDE: items by a power law of
-popularity, users by one of activity, latencies of all requests that were due. Parameters of the
-model are random: what they are does not change what is computed. Models and logs are made once and
-kept in ``runs/service_load``.
+``everlong serve`` runs on one core and the load generator on another, over the loopback interface.
+Requests arrive open-loop (``open_loop.py``). The method follows ETUDE: power laws for the
+popularity of items and the activity of users, latencies of all scheduled requests. The model has
+random parameters, which do not affect the cost. Models and logs are generated once and stored in
+``runs/service_load``.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ ITEM_POWER, USER_POWER = 1.0, 0.7
 EVENTS_SHARE = 0.8
 K = 10
 LIMIT_P99_S = 0.05
-"""A rate holds while 99 of 100 answers come within this time."""
+"""Maximum p99 latency of a sustainable rate."""
 
 IN_TIME_S = (0.1, 0.5, 2.0)
-"""Deadlines by which goodput counts; the first is the one that is named."""
+"""Deadlines of goodput; the first is that of the headline figure."""
 
 STOP_S = 600
 START = 1_700_000_000
@@ -117,7 +117,7 @@ class Traffic:
 
     def __init__(self, users: int, items: int, seed: int) -> None:
         self.draw = np.random.default_rng(seed)
-        # who is popular must not depend on the seed of the draws
+        # the popularity of users and items must not depend on the seed of the draws
         order = np.random.default_rng(0)
         self._users = order.permutation(users), _cumulated(users, USER_POWER)
         self._items = order.permutation(items), _cumulated(items, ITEM_POWER)
@@ -128,8 +128,8 @@ class Traffic:
     def items(self, count: int) -> list[str]:
         return names("i", self._drawn(*self._items, count))
 
-    def _drawn(self, who: np.ndarray, cumulated: np.ndarray, count: int) -> np.ndarray:
-        return who[np.searchsorted(cumulated, self.draw.random(count))]
+    def _drawn(self, numbers: np.ndarray, cumulated: np.ndarray, count: int) -> np.ndarray:
+        return numbers[np.searchsorted(cumulated, self.draw.random(count))]
 
     def pairs(self, count: int) -> Iterator[tuple[str, str]]:
         """Users and items of events."""
@@ -142,8 +142,8 @@ def _cumulated(count: int, power: float) -> np.ndarray:
 
 
 def log_folder(users: int, items: int, events: int) -> Path:
-    """A data folder with a log and no states; every user has one of the events at least."""
-    # one that other code wrote is made anew
+    """A data folder with a log but without states; every user has at least one event."""
+    # a folder of other code is generated again
     sources = (Path(module.__file__ or "").read_bytes() for module in (log, sqlite_log, checksum))
     code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
     folder = RUNS / f"log-{users}-{items}-{events}-{code}"
@@ -153,9 +153,9 @@ def log_folder(users: int, items: int, events: int) -> Path:
     shutil.rmtree(making, ignore_errors=True)
     written = SqliteLog(making / "shard-0000.sqlite")
     traffic = Traffic(users, items, seed=1)
-    who = names("u", np.arange(users)) + traffic.users(events - users)
+    owners = names("u", np.arange(users)) + traffic.users(events - users)
     group: list[Event] = []
-    for number, (user, item) in enumerate(zip(who, traffic.items(events), strict=True)):
+    for number, (user, item) in enumerate(zip(owners, traffic.items(events), strict=True)):
         group.append(Event(f"w{number}", user, item, START + number))
         if len(group) == 50_000 or number == events - 1:
             written.append(group)
@@ -168,7 +168,7 @@ def log_folder(users: int, items: int, events: int) -> Path:
 
 
 def states_folder(users: int, items: int, events: int) -> Path:
-    """A data folder as a service leaves it that was ended in order: with all states."""
+    """A data folder after an orderly shutdown of the server: with all states."""
     source = log_folder(users, items, events)
     folder = source.with_name(source.name + "-states")
     if not folder.exists():
@@ -182,7 +182,7 @@ def states_folder(users: int, items: int, events: int) -> Path:
 
 @contextmanager
 def copied(source: Path) -> Iterator[Path]:
-    """A copy of a data folder on the same disk, which goes afterwards."""
+    """A temporary copy of a data folder on the same disk."""
     with tempfile.TemporaryDirectory(dir=RUNS, prefix="data-") as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         yield Path(folder)
@@ -197,8 +197,8 @@ class Server:
     Args:
         model: folder of the model.
         data: folder of the log and the states.
-        first: in real time, before all else on its core.
-        program: arguments of Python in place of ``everlong serve``.
+        first: run it with real-time priority on its core.
+        program: arguments of Python instead of ``everlong serve``.
     """
 
     def __init__(
@@ -233,13 +233,13 @@ class Server:
         raise RuntimeError(f"the server ended with {self.process.returncode} before it was ready")
 
     def ask(self, path: str) -> Any:
-        """What a route answers to GET."""
+        """The JSON response to a GET request."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
             return json.load(answer)
 
     @property
     def cpu_s(self) -> float:
-        """Seconds of processor time so far."""
+        """CPU seconds of the server process."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -251,7 +251,7 @@ class Server:
         raise OSError("no VmRSS in /proc: resident memory can be read on Linux only")
 
     def stop(self) -> None:
-        """Ends it in order: it answers what waits and writes all states.
+        """Shuts the server down in order: it answers pending requests and writes all states.
 
         Raises:
             RuntimeError: if it does not end.
@@ -269,7 +269,7 @@ class Server:
 def serving(
     model: Path, data: Path, *, first: bool, program: Sequence[str] | None = None
 ) -> Iterator[Server]:
-    """A server that is ready; the generator gets a core of its own."""
+    """A ready server; pins the generator to another core."""
     os.sched_setaffinity(0, {GENERATOR_CORE})
     server = Server(model, data, first=first, program=program)
     try:
@@ -280,7 +280,7 @@ def serving(
 
 @contextmanager
 def prompt() -> Iterator[None]:
-    """Lets the generator send when a request is due, where the system allows it."""
+    """Runs the generator with real-time priority, if permitted, so that it sends on schedule."""
     before = os.sched_getscheduler(0)
     try:
         # threads and processes that begin meanwhile do not inherit it
@@ -296,14 +296,14 @@ def prompt() -> Iterator[None]:
 
 @contextmanager
 def warm(items: int, users: int, events: int, *, first: bool) -> Iterator[Server]:
-    """A server with users who have a history and a state."""
+    """A server whose users have histories and states."""
     source, model = states_folder(users, items, events), model_folder(items)
     with copied(source) as data, serving(model, data, first=first) as server:
         yield server
 
 
 class Usage:
-    """Who uses the cores from now on: the server, the generator, others."""
+    """CPU usage of the server, the generator and other processes since its creation."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -321,7 +321,7 @@ class Usage:
         return found
 
     def shares(self) -> dict[str, float]:
-        """Parts of one core, 0 to 1."""
+        """Shares of a core, from 0 to 1."""
         now = self._now()
         passed = {name: now[name] - value for name, value in self.before.items()}
         used = {name: value / passed["time"] for name, value in passed.items()}
@@ -340,7 +340,7 @@ class Usage:
 
 
 def http(path: str, body: object) -> bytes:
-    """A POST as it goes over the wire."""
+    """The bytes of a POST request."""
     data = json.dumps(body, separators=(",", ":")).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -352,7 +352,7 @@ def http(path: str, body: object) -> bytes:
 def mixture(
     due: np.ndarray, users: int, items: int, share: float, seed: int
 ) -> tuple[Load, np.ndarray]:
-    """A load of single events and of requests for lists, and which of them are events ``[N]``."""
+    """A load of single events and recommendation requests, and a mask of the events ``[N]``."""
     traffic, count, now = Traffic(users, items, seed), len(due), int(time.time())
     are_events = traffic.draw.random(count) < share
     # ids that no run before has used
@@ -380,7 +380,7 @@ def by_kind(answers: Answers, are_events: np.ndarray) -> dict[str, Any]:
 
 
 def setting(items: int, users: int, events: int, first: bool) -> dict[str, Any]:
-    """What figures were measured on."""
+    """The hardware and settings of a measurement."""
     return {
         "cores": {"server": 1, "generator": 1, "machine": os.cpu_count()},
         "server_before_others": first,
@@ -578,10 +578,10 @@ def overload(
 
 
 def recovery_s(answers: Answers, begin: float, end: float, window: float = 0.5) -> float | None:
-    """Seconds from the end of overload until all is as before; None if it never is.
+    """Seconds from the end of the overload to recovery; None without recovery.
 
-    From then on nothing fails, and in every window the mean of latencies is within the largest
-    that any window had before the overload began.
+    After recovery no request fails, and the mean latency of every window is at most the maximum of
+    the windows before the overload.
     """
 
     def windows(first: float, last: float) -> list[Answers]:

@@ -1,9 +1,10 @@
-"""The cost of the best items of a catalogue: exact, by a coarse look first, and by an index.
+"""The cost of top-k search in a catalogue: exact, exact after a coarse search, and by an index.
 
     python benchmarks/service_topk.py
 
-One core. Vectors of 64 numbers in clusters with biases, users between a few items each. The limit
-of one search is the memory: 4 bytes a number for the plain product, 2 for the coarse look.
+One core. Item vectors of width 64 in clusters, with biases; a user vector is a mean of some items.
+The limit of a search is memory bandwidth: 4 bytes per number for the plain product, 2 for the
+coarse search.
 """
 
 from __future__ import annotations

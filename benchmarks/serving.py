@@ -1,9 +1,9 @@
-"""The cost of one event in serving: rate by batch, and independence of the length of the history.
+"""The cost of an event in serving, by batch size and by length of the history.
 
     python benchmarks/serving.py
 
-One core. The limit: at the published sizes a step is 131,072 multiply-adds of matrix products an
-event, and reads and writes 2 x 2,304 bytes of state.
+One core. The limit: at the published sizes a step takes 131,072 multiply-adds of matrix products
+per event, and reads and writes 2 x 2,304 bytes of state.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def step_seconds(model: LRU, users: int) -> float:
 
 
 def by_history_length(model: LRU) -> dict[str, Any]:
-    """Bytes and time per event for users who have 10 and 100,000 events, in turn."""
+    """Bytes and time per event for users with 10 and 100,000 events, in alternation."""
     users, lengths = 256, (10, 100_000)
     tables = {length: table_after(model, length, users) for length in lengths}
     items = torch.randint(0, ITEMS, (users,))

@@ -1,7 +1,7 @@
 """The results tables of README.md and docs/results.md, from the records in results/quality.
 
 python benchmarks/tables.py            # writes the tables between their markers
-python benchmarks/tables.py --check    # fails if a table is not what the records say
+python benchmarks/tables.py --check    # fails if a table differs from the records
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Training speed at the shape of ML-1M, against LRURec as published, side by side in one run.
+"""Training speed at the shape of ML-1M, compared with LRURec as published in one run.
 
     python benchmarks/training.py            # speed, equality of losses, memory
     python benchmarks/training.py --rounds 9
 
 Each round trains both on the same 1,280 windows (about 155,000 labelled events): the published
 algorithm on padded batches of 128 rows with complex recursive doubling and full logits,
-``everlong`` through its own training loop. Ratios are taken round by round, since the speed of
-machines drifts.
+``everlong`` with its own training loop. Ratios are computed within a round, because the speed of
+the machine varies.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main(
 
 
 def log_like_ml1m() -> Events:
-    """ML-1M where it is at hand, else random items in histories of the same lengths."""
+    """ML-1M if available, else random items in histories of the same lengths."""
     if LOG.is_file():
         return read_events(LOG, timestamp="order")
     random = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def compare_losses(parts: Split) -> dict[str, float]:
 
 
 def peak(form: str) -> float:
-    """Peak memory (MiB) of a process that only trains one form."""
+    """Peak memory (MiB) of a process that trains one form only."""
     command = [sys.executable, __file__, "--memory-of", form]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])

@@ -1,11 +1,11 @@
-"""Memory and speed of training against the length of the history.
+"""Memory and speed of training by length of the histories.
 
     python benchmarks/training_length.py
 
 HSTU over whole histories and PerSRec, three layers of width 64, one update of 8,192 events in
-histories of 256 to 8,192, each length in a process of its own. The table of all pairs, which the
-published form holds for each head and layer, would take 256 MB at 8,192 events, and several times
-that for its gradients. What must be kept grows with the number of events alone.
+histories of 256 to 8,192 events, each length in its own process. The matrix of all pairs, which the
+published form stores for each head and layer, would take 256 MB at 8,192 events, and its gradients
+several times that. The required memory grows with the number of events only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main(
 
 
 def in_a_process(model: str, length: int) -> dict[str, float]:
-    """The measurement in a fresh process, so that peaks do not mix."""
+    """Measures in a new process, so that its peak memory is its own."""
     command = [sys.executable, __file__, "--model", model, "--length", str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

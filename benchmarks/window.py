@@ -1,11 +1,11 @@
-"""What a longer history is worth at test: a trained LRU, read from 50, 200, 400 or all events.
+"""The effect of the history length at test: a trained LRU after 50, 200, 400 or all events.
 
     python benchmarks/quality.py run ml-1m paper lru
     python benchmarks/window.py
 
-The model was trained on windows of 200 events; here only the length that is read before the last
-event changes. Items of the window that is read cannot be recommended, so a longer window also rules
-out more: the second column of figures always rules out the whole history.
+The model was trained on windows of 200 events; only the number of events before the target varies.
+Items of this window are excluded, so a longer window also excludes more; the second column of
+figures always excludes all items of the history.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def best_model(parts: Split) -> LRU:
 
 
 def with_all_seen(model: LRU, parts: Split) -> float:
-    """NDCG@10 when every item of the whole history is ruled out, whatever was read."""
+    """NDCG@10 with all items of the whole history excluded, for any window."""
     test, events = parts.test, parts.events
     state = encode_histories(model, events, test.start, test.stop)
     first = events.offsets[test.user]

@@ -55,9 +55,7 @@ def test_labels_are_all_answers_and_their_cues_are_read(script: ModuleType, case
     assert (labels == (truth & trained)).all()
 
 
-def test_a_window_bounds_what_is_read_and_keeps_the_labels(
-    script: ModuleType, case: object
-) -> None:
+def test_a_window_limits_the_history_and_keeps_the_labels(script: ModuleType, case: object) -> None:
     stage = script.Stage((60,), users=5, epochs=1, lr=1e-3)
     whole, cut = (script.answers(case, stage, window) for window in (None, 40))
     assert (cut.stop - cut.start == 40).all()

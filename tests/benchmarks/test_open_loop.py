@@ -85,7 +85,7 @@ def test_latencies_count_from_when_a_request_is_due(generator: Any) -> None:
     assert (answers.done >= answers.begun).all()
 
 
-def test_refusals_are_counted_apart(generator: Any) -> None:
+def test_refusals_are_counted_separately(generator: Any) -> None:
     with server(status=b"429 Too Many Requests") as port:
         answers = generator.send(port, load(generator, seconds=0.2))
     found = generator.summary(answers)
@@ -94,7 +94,7 @@ def test_refusals_are_counted_apart(generator: Any) -> None:
     assert found["latency_of_errors_ms"]["p50"] > 0
 
 
-def test_what_is_never_answered_is_given_up(generator: Any) -> None:
+def test_requests_without_a_response_time_out(generator: Any) -> None:
     # the system takes the connections, and no process reads them
     with socket.create_server(("127.0.0.1", 0), backlog=256) as deaf:
         answers = generator.send(

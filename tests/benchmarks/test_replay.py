@@ -105,7 +105,7 @@ class Unfiltered(Client):
         return super().recommend(user_id, **{**how, "filter_seen": False})
 
 
-def test_online_is_offline(
+def test_online_metrics_equal_offline_metrics(
     example: ModuleType, events: Events, models: dict[str, Path], tmp_path: Path
 ) -> None:
     for seen, folder in models.items():
@@ -128,7 +128,7 @@ def test_online_is_offline(
 @pytest.mark.parametrize(
     ("seen", "mutant"), [("keep", Forgetful), ("keep", Late), ("mask", Unfiltered)]
 )
-def test_a_fault_shows(
+def test_an_injected_fault_is_detected(
     example: ModuleType,
     events: Events,
     models: dict[str, Path],
@@ -142,7 +142,7 @@ def test_a_fault_shows(
     assert found.differing > 0
 
 
-def test_a_service_that_is_a_process(
+def test_the_replay_works_with_a_server_process(
     example: ModuleType, events: Events, models: dict[str, Path], tmp_path: Path
 ) -> None:
     with example.process(models["mask"], tmp_path / "data") as url, Client(url) as client:

@@ -32,7 +32,7 @@ def write_record(folder: Path, model: str, seed: int, value: float) -> None:
     (folder / f"log-paper-{model}-{seed}.json").write_text(json.dumps(record))
 
 
-def test_records_become_means_and_spreads(tables: ModuleType, tmp_path: Path) -> None:
+def test_records_are_summarised_by_mean_and_deviation(tables: ModuleType, tmp_path: Path) -> None:
     write_record(tmp_path, "lru", 0, 0.10)
     write_record(tmp_path, "lru", 1, 0.20)
     write_record(tmp_path, "markov", 0, 0.05)

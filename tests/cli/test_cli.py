@@ -130,7 +130,9 @@ def test_recommend_reads_histories(fitted: Path) -> None:
     assert "evening " in seen.stdout.replace(history, "")
 
 
-def test_data_audit_and_index(log: Path, tmp_path: Path) -> None:
+def test_data_audit_prints_statistics_and_data_cache_writes_a_cache(
+    log: Path, tmp_path: Path
+) -> None:
     printed = run("data", "audit", log).stdout
     assert "30 users" in printed
     assert "id order" in printed
@@ -158,7 +160,7 @@ def test_bench_prints_and_writes_its_measurements(tmp_path: Path) -> None:
     assert "expected num_items >= 1" in refused("bench", "--items", 0)
 
 
-def test_every_mistake_is_one_line(fitted: Path, log: Path, tmp_path: Path) -> None:
+def test_every_user_error_is_one_line(fitted: Path, log: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fit = ("fit", log, "--out", out)
     empty = tmp_path / "empty.csv"
@@ -183,7 +185,7 @@ def test_every_mistake_is_one_line(fitted: Path, log: Path, tmp_path: Path) -> N
     assert not out.exists()
 
 
-def test_a_damaged_model_is_one_line(fitted: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_is_an_error_of_one_line(fitted: Path, tmp_path: Path) -> None:
     broken = tmp_path / "model"
     shutil.copytree(fitted, broken)
     (broken / "model.safetensors").write_bytes(b"")

@@ -37,7 +37,7 @@ def test_every_stage_is_printed(tmp_path: Path) -> None:
     }
 
 
-def test_the_same_seed_tells_the_same(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_output(tmp_path: Path) -> None:
     told: list[list[str]] = []
     for run in ("a", "b"):
         lines: list[str] = []

@@ -21,7 +21,7 @@ def test_the_mask_equals_its_reference(
 
 
 @pytest.mark.parametrize("size", [8191, 8192, 8193, 20_001])
-def test_blocks_meet_without_a_seam(size: int) -> None:
+def test_blocks_of_a_mask_are_continuous(size: int) -> None:
     like = torch.zeros(size)
     assert torch.equal(dropout_mask(like, 0.5, 7), reference_mask(like, 0.5, 7))
 
@@ -73,7 +73,7 @@ def test_the_mask_does_not_depend_on_threads() -> None:
     assert torch.equal(*masks)
 
 
-def test_outside_training_nothing_happens() -> None:
+def test_dropout_is_the_identity_outside_training() -> None:
     values = torch.randn(10)
     assert Dropout(0.5).eval()(values) is values
     assert Dropout(0.0).train()(values) is values
@@ -89,7 +89,7 @@ def test_values_and_gradients_see_one_mask() -> None:
     torch.testing.assert_close(values.grad, slope * result.detach())
 
 
-def test_the_seed_of_torch_decides() -> None:
+def test_masks_depend_on_the_seed_of_torch() -> None:
     layer, values = Dropout(0.5), torch.ones(1000)
 
     def after(seed: int) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_constant_features_are_mean_pooling_and_one_event_is_its_value() -> None
         assert torch.allclose(read[:, :, 0] / mass[..., 0, None], expected.expand(3, -1, -1))
 
 
-def test_what_is_after_the_cut_changes_nothing() -> None:
+def test_events_after_the_cut_change_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     history = history_of([8, 5], generator)
     asked = requests_of(history, generator, most=4)

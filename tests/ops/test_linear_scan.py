@@ -372,7 +372,7 @@ def test_equal_bits_for_any_number_of_threads(lengths: list[int]) -> None:
             assert torch.equal(one, many)
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_not_changed() -> None:
     pack = make_pack([4, 0, 3], 2)
     copies = [tensor.clone() for tensor in pack]
     for scan in ALL.values():
@@ -406,7 +406,9 @@ def test_last_states_of_users_without_events() -> None:
     ],
     ids=str,
 )
-def test_misfits_are_named(form: str, change: dict[str, Tensor], message: str) -> None:
+def test_the_errors_of_invalid_shapes_name_them(
+    form: str, change: dict[str, Tensor], message: str
+) -> None:
     pack = make_pack([2, 3], 2, torch.float32)._replace(**change)
     with pytest.raises(ValueError, match=message):
         ALL[form](*pack)

@@ -217,7 +217,7 @@ def test_the_fused_loop_has_the_same_buckets() -> None:
     assert (found.flatten() - 100).round().long().equal(elapsed_bucket(seconds))
 
 
-def test_what_sees_nothing_is_zero_and_has_no_gradient(attention: Attention) -> None:
+def test_queries_without_visible_keys_are_zero_without_gradient(attention: Attention) -> None:
     case = make(5, queries=4, keys=3, groups=0, biased=True, dtype=torch.float32)
     rows = torch.tensor([[0, 1]])
     mask = [
@@ -302,7 +302,7 @@ def largest_saved(length: int) -> int:
     return max(sizes)
 
 
-def test_what_is_kept_grows_with_the_length_alone() -> None:
+def test_saved_memory_is_linear_in_the_length() -> None:
     assert largest_saved(128) == 128 * 8
     assert largest_saved(512) == 512 * 8
 
@@ -322,7 +322,7 @@ BIAS = RelativeBias(torch.zeros(2), torch.zeros(64), torch.zeros(3).long(), torc
         (((3, 2, 4), (2, 2, 4), (2, 2, 4)), BIAS._replace(distance=torch.zeros(0)), "distance"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_invalid_shapes_are_refused(
     shapes: Sequence[tuple[int, ...]], bias: RelativeBias | None, message: str
 ) -> None:
     tensors = [torch.zeros(shape) for shape in shapes]

@@ -14,7 +14,7 @@ from everlong.ops.product import ROWS, linear
 
 @pytest.mark.parametrize("rows", [0, 1, ROWS - 1, ROWS, ROWS + 1, 1_000])
 @pytest.mark.parametrize(("width", "outputs"), [(1, 1), (7, 13), (64, 256), (256, 64)])
-def test_it_is_the_plain_product(rows: int, width: int, outputs: int) -> None:
+def test_the_product_equals_the_plain_product(rows: int, width: int, outputs: int) -> None:
     torch.manual_seed(0)
     values, weight, bias = (
         torch.randn(rows, width),

@@ -91,7 +91,7 @@ def test_is_the_dense_form_on_one_history() -> None:
     torch.testing.assert_close(found, dense.transpose(0, 1))
 
 
-def test_only_distances_count() -> None:
+def test_outputs_depend_only_on_distances() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(1, 4, generator=generator, dtype=torch.float64) for _ in range(2))
 
@@ -114,7 +114,7 @@ def test_no_queries_and_no_gradients() -> None:
     ("shapes", "frequencies"),
     [(((2, 3, 4), (2, 2, 4)), 2), (((2, 2, 4), (2, 2, 6)), 2), (((2, 2, 4), (2, 2, 4)), 3)],
 )
-def test_what_does_not_fit_is_refused(
+def test_invalid_shapes_are_refused(
     shapes: tuple[tuple[int, ...], tuple[int, ...]], frequencies: int
 ) -> None:
     query, key = (torch.zeros(shape) for shape in shapes)

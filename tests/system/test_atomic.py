@@ -36,7 +36,7 @@ def test_files_and_folders_have_the_usual_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o750
 
 
-def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
+def test_on_a_full_disk_the_old_file_remains(tmp_path: Path) -> None:
     path = tmp_path / "file.bin"
     write_bytes(path, b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -103,7 +103,7 @@ def fill_and_fail(path: Path, error: type[BaseException]) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_block_that_fails_leaves_the_old_folder(
+def test_an_error_in_the_block_leaves_the_old_folder(
     error: type[BaseException], tmp_path: Path
 ) -> None:
     path = tmp_path / "folder"
@@ -118,14 +118,14 @@ def test_a_block_that_fails_leaves_the_old_folder(
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_file_in_the_way_of_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="received a file"), new_folder(tmp_path / "file"):
         pass
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_without_an_exchange_in_one_step_folders_are_still_replaced(
+def test_folders_are_replaced_without_an_atomic_exchange(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(atomic.sys, "platform", "darwin")
@@ -167,7 +167,7 @@ for number in range(10**6):
 """
 
 
-def test_killed_at_any_moment_the_old_or_the_new_is_there(tmp_path: Path) -> None:
+def test_after_a_kill_the_old_or_the_new_content_exists(tmp_path: Path) -> None:
     write_bytes(tmp_path / "file", b"0" * 50_000)
     with new_folder(tmp_path / "folder") as folder:
         for part in "abc":

@@ -32,7 +32,7 @@ def console(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> io.StringIO:
     return output
 
 
-def test_short_work_is_silent(
+def test_short_tasks_are_silent(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for terminal in (True, False):
@@ -45,7 +45,7 @@ def test_short_work_is_silent(
     assert caplog.messages == []
 
 
-def test_plain_lines_where_there_is_no_terminal(
+def test_log_lines_without_a_terminal(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = console(monkeypatch, terminal=False)
@@ -76,7 +76,7 @@ def test_a_bar_on_a_terminal(
     assert caplog.messages == []
 
 
-def test_the_bar_goes_when_the_work_fails(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_removes_the_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     output = console(monkeypatch, terminal=True)
     with pytest.raises(ValueError, match="broken"), Progress("work", 3, "users") as progress:  # noqa: PT012
         clock.now += 10.0
@@ -86,6 +86,6 @@ def test_the_bar_goes_when_the_work_fails(clock: Clock, monkeypatch: pytest.Monk
     assert output.getvalue().rindex("\x1b[?25h") > output.getvalue().rindex("\x1b[?25l")
 
 
-def test_a_line_before_anything_is_done(clock: Clock) -> None:
+def test_a_line_without_completed_work(clock: Clock) -> None:
     with Progress("work", 5, "users") as progress:
         assert progress.line(clock.now).startswith("work: 0 of 5 users, 0 users/s")

@@ -10,7 +10,7 @@ from everlong.system import provenance
 from everlong.system.provenance import hardware, versions
 
 
-def test_versions_are_those_that_run() -> None:
+def test_versions_are_those_of_the_running_packages() -> None:
     found = versions()
     assert found["python"] == platform.python_version()
     assert found["numpy"] == np.__version__
@@ -19,7 +19,7 @@ def test_versions_are_those_that_run() -> None:
     assert set(found) == {"python", "everlong", "torch", "numpy", "numba", "polars"}
 
 
-def test_a_package_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = provenance.version
 
     def version(name: str) -> str:
@@ -32,7 +32,7 @@ def test_a_package_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     assert versions()["numpy"] == np.__version__
 
 
-def test_hardware_can_be_written_down() -> None:
+def test_hardware_is_json() -> None:
     facts = hardware()
     assert facts["processor"]
     assert int(facts["cores"]) >= 1

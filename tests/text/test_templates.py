@@ -88,7 +88,7 @@ def test_items_without_text_are_counted_and_named() -> None:
         item_texts(table(), TextTemplate(columns=("title", "genres")))
 
 
-def test_an_unknown_column_names_those_there_are() -> None:
+def test_the_error_of_an_unknown_column_names_the_others() -> None:
     with pytest.raises(ValueError, match=r"'name' of text .* which has title, kind, genres"):
         item_texts(table(), TextTemplate(form="{name}"), missing="zero")
     with pytest.raises(ValueError, match=r'expected missing "error" or "zero", received "?\'drop'):
@@ -98,7 +98,7 @@ def test_an_unknown_column_names_those_there_are() -> None:
 @pytest.mark.parametrize(
     "form", ["{title.upper}", "{title[0]}", "{0.__class__}", "{title!r}", "{title:>9}", "{}", "{"]
 )
-def test_a_form_has_plain_names_alone(form: str) -> None:
+def test_a_form_accepts_only_plain_column_names(form: str) -> None:
     with pytest.raises(ValueError, match=r"column names|is invalid"):
         TextTemplate(form=form)
 
@@ -112,13 +112,13 @@ def test_a_template_is_columns_or_a_form(columns: tuple[str, ...], form: str) ->
 
 
 @given(st.dictionaries(st.sampled_from(["title", "genres"]), st.text(), min_size=2, max_size=2))
-def test_values_are_never_read_as_forms(values: dict[str, str]) -> None:
+def test_braces_in_values_are_not_interpreted(values: dict[str, str]) -> None:
     text = TextTemplate(form="{title}|{genres}").fill(values)
     joined = f"{values['title']}|{values['genres']}".strip()
     assert text == (joined if any(values.values()) else "")
 
 
-def test_vectors_stand_where_their_items_do(
+def test_vectors_are_in_the_rows_of_their_items(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = Lengths()
@@ -149,7 +149,7 @@ def test_vectors_stand_where_their_items_do(
         ({"columns": ["title"], "missing": "zero", "name": "old"}, "already; choose another name"),
     ],
 )
-def test_nothing_is_encoded_where_the_text_is_wrong(
+def test_invalid_arguments_raise_an_error_before_encoding(
     arguments: dict[str, Any], message: str
 ) -> None:
     encoder = Lengths()
@@ -160,7 +160,7 @@ def test_nothing_is_encoded_where_the_text_is_wrong(
     assert encoder.texts == []
 
 
-def test_no_texts_at_all_are_zeros() -> None:
+def test_items_without_any_text_have_zero_vectors() -> None:
     encoder = Lengths()
     found = encode_items(table(), encoder, template="{kind}", missing="zero")
     assert found.vectors["text"].any(1).tolist() == [True, False, False, False]

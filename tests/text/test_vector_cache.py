@@ -84,7 +84,7 @@ def change(cache: Path, statement: str, *values: object) -> None:
 
 @settings(max_examples=20)
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=3), max_size=20))
-def test_a_cache_changes_nothing(texts: list[str]) -> None:
+def test_a_cache_changes_no_vector(texts: list[str]) -> None:
     direct = Hashes().encode(texts)
     found = encode_cached(Hashes(), texts, None)
     assert np.array_equal(found.vectors, direct.vectors)
@@ -154,7 +154,7 @@ def test_a_damaged_row_is_encoded_again(
     assert caplog.text.count("1 vectors of the cache are damaged") == 1
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_run_continues_from_the_cache(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     process = start(cache, stop=4)
     assert process.stdout is not None
@@ -201,7 +201,7 @@ def test_two_processes_use_one_cache(tmp_path: Path) -> None:
     assert np.array_equal(found.vectors, Hashes().encode(many()).vectors)
 
 
-def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_cache_is_unchanged(tmp_path: Path) -> None:
     other = tmp_path / "other.sqlite"
     change(other, "CREATE TABLE mine (value)")
     text = tmp_path / "notes.txt"
@@ -214,7 +214,7 @@ def test_a_file_that_is_no_cache_stays_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_the_error_of_an_unwritable_cache_names_its_path(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError, match="cannot be used"):
         encode_cached(Hashes(), ["a"], tmp_path / "cache")
@@ -225,7 +225,7 @@ def test_a_folder_is_no_cache(tmp_path: Path) -> None:
         encode_cached(Hashes(), ["a"], tmp_path)
 
 
-def test_what_is_not_finite_is_never_kept(tmp_path: Path) -> None:
+def test_vectors_that_are_not_finite_are_not_stored(tmp_path: Path) -> None:
     class Diverged(Hashes):
         def encode(self, texts: Sequence[str], *, progress: Progress | None = None) -> Encoded:
             encoded = super().encode(texts)

@@ -198,7 +198,7 @@ def _show_cost(recommender: Recommender, out: Path, say: Say) -> None:
         # the same model without users
         fresh = Recommender(recommender.model, recommender.item_ids, recommender.origin)
         history = (items * (length // len(items) + 1))[:length]
-        fresh.update(_events("somebody", history, FAR_FUTURE))
+        fresh.update(_events("user", history, FAR_FUTURE))
         points.append((length, fresh.bytes_per_user.state, _seconds_an_event(fresh, items[0], length)))
     say("\n4. One more event, after histories of different length.\n")
     rows = [(f"{length:,}", f"{size:,}", f"{1e3 * s:.1f}") for length, size, s in points]
@@ -212,7 +212,7 @@ def _seconds_an_event(recommender: Recommender, item: str, length: int) -> float
     """The median duration of ``update`` with one event."""
     times = []
     for repeat in range(REPEATS):
-        event = _events("somebody", [item], FAR_FUTURE + length + repeat)
+        event = _events("user", [item], FAR_FUTURE + length + repeat)
         began = time.perf_counter()
         recommender.update(event)
         times.append(time.perf_counter() - began)
