@@ -53,7 +53,7 @@ def opened(path: Path, capacity: int = 10_000) -> Shard:
 
 
 def save_models(folder: Path) -> list[Path]:
-    """Folders of two small models that nobody trained."""
+    """Folders of two small models without training."""
     folders = [folder / "model-0", folder / "model-1"]
     for seed, place in enumerate(folders):
         origin = Origin(

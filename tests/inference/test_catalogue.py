@@ -216,7 +216,7 @@ def test_tables_of_any_size(items: int, dim: int) -> None:
     agrees(head, user, min(20, items), coarse=True, exclude=(rows, without))
 
 
-def test_a_list_does_not_depend_on_who_else_asks() -> None:
+def test_a_list_does_not_depend_on_the_other_requests() -> None:
     catalogue = Catalogue(random_head(20_000), coarse=True)
     user = torch.randn(9, DIM, generator=torch.Generator().manual_seed(7))
     together = catalogue.best(Query(user), 12)
@@ -467,7 +467,7 @@ def test_lists_are_the_models_own_scores(name: str, served_models: dict[str, Ser
 
 
 @pytest.mark.parametrize("name", ["hstu", "two_stage", "lru"])
-def test_everybody_is_asked_as_of_their_own_time(
+def test_each_request_is_scored_at_its_own_time(
     name: str, served_models: dict[str, ServedModel]
 ) -> None:
     served_model = served_models[name]

@@ -81,7 +81,7 @@ class Recent(UserModel[RecentState]):
     def query(self, state: RecentState, at: Tensor | None = None) -> Query:
         there = state.items >= 0
         vectors = self.weight[state.items.clamp(min=0).long()] * there[:, :, None]
-        # in an order of its own for each user, whoever else is there
+        # in an order of its own for each user, whatever the other users are
         user = vectors[:, 0] + 0.5 * vectors[:, 1] + 0.25 * vectors[:, 2] + state.half.float()
         items = state.items.long()
         for place in (1, 2):

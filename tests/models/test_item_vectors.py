@@ -258,7 +258,7 @@ def fit_groups(**changes: Any) -> everlong.Recommender:
     return everlong.fit(group_log(), "lru", **{**arguments, **changes})
 
 
-def test_an_item_nobody_has_seen_is_ranked_by_its_vector() -> None:
+def test_an_item_without_events_is_ranked_by_its_vector() -> None:
     recommender = fit_groups()
     unseen = [(SIZE - 1) * GROUPS + group for group in range(GROUPS)]
     assert (recommender.item_ids.rows(unseen) == -1).all()

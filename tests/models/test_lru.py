@@ -216,7 +216,7 @@ def test_loss_and_gradients_are_those_of_the_published_form(
         close(mine.ffn_norm.bias.grad, other.ffn_norm.bias.grad)
 
 
-def test_the_first_event_is_told_alike_whatever_stands_beside_it() -> None:
+def test_the_score_of_a_first_event_does_not_depend_on_the_batch() -> None:
     model = small()
     alone = model(Batch.from_histories([[4]]))[0]
     for histories in ([[7, 7, 7], [4]], [[], [4], []], [[4, 4], [1]]):
@@ -276,8 +276,8 @@ def test_the_recurrent_state_is_wide_under_narrow_products() -> None:
 
 def test_no_user_and_no_event() -> None:
     model = small()
-    nobody = Batch.from_histories([])
-    vectors, (_, state) = model(nobody), model.encode(nobody)
+    no_users = Batch.from_histories([])
+    vectors, (_, state) = model(no_users), model.encode(no_users)
     assert vectors.shape == (0, 6)
     assert state.hidden.shape == (0, 2, 20)
     silent = Batch.from_histories([[], []])

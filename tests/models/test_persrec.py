@@ -64,7 +64,7 @@ def segments_of(parts: Sequence[tuple[int, int]]) -> Segments:
 
 
 def visible(blocks: Sequence[Blocks], size: int) -> Tensor:
-    """``[size, size]`` who sees whom."""
+    """``[size, size]`` the attention mask."""
     seen = torch.zeros(size, size, dtype=torch.int64)
     for block in blocks:
         for keys, queries, first, stop, valid in zip(
@@ -76,7 +76,7 @@ def visible(blocks: Sequence[Blocks], size: int) -> Tensor:
 
 
 def mask(parts: Sequence[tuple[int, int]]) -> Tensor:
-    """Who sees whom, in the order of the history: events and, after them, their tokens."""
+    """The attention mask in the order of the history: events and, after them, their tokens."""
     segments = segments_of(parts)
     slots = Slots.of(segments)
     blocks = [*event_blocks(segments, slots, segments.asked), *token_blocks(segments, slots)]

@@ -101,7 +101,7 @@ def test_updates_keep_both_states(
     with pytest.raises(ValueError, match="no column 'outcome'"):
         loaded.update(new.drop("outcome"), time_unit="s")
     with pytest.raises(ValueError, match="reads the fields outcome of events"):
-        loaded.recommend({"somebody": [1, 2]})
+        loaded.recommend({"new": [1, 2]})
 
 
 def test_comes_back_from_its_folder(both: everlong.Recommender, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_what_cannot_be_read_is_counted(recommender: Recommender) -> None:
     assert (report.events, report.users, report.unknown_items) == (1, 1, 2)
     assert report.late == 1
     assert dict(report.skipped) == {"null user_id": 1}
-    # somebody whose items are all unknown is a user without events
+    # a history of unknown items alone is a user without events
     assert recommender.recommend(["stranger"], k=2).height == 2
 
 
@@ -297,7 +297,7 @@ def test_evaluate_repeats_the_stored_test(recommender: Recommender, frame: pl.Da
     ("arguments", "message"),
     [
         ({"users": ["u01"], "k": 0}, "k >= 1"),
-        ({"users": ["u01", "nobody"]}, "1 users are unknown, for example 'nobody'"),
+        ({"users": ["u01", "stranger"]}, "1 users are unknown, for example 'stranger'"),
         ({"users": {"me": ["i01", "nothing"]}}, "not in the catalogue, for example 'nothing'"),
         ({"users": {"me": [1, 2]}}, "expected ids of type String"),
         ({"users": "u01"}, r"expected a list of ids, received 'u01'; use \['u01'\]"),

@@ -59,7 +59,7 @@ class Story(RuleBasedStateMachine):
         self.service = Service(self.folder, self.models[0], shards=2)
         self.users: dict[str, list[Taken]] = {}
         self.late: set[str] = set()
-        """Users of whom an event came after a newer one: their states depend on when it is read."""
+        """Users with a late event: their states depend on when it is read."""
         self.last = [0, 0]
         self.offsets: dict[str, int] = {}
         self.sent: list[Event] = []
@@ -176,7 +176,7 @@ class Story(RuleBasedStateMachine):
     # what holds at any time
 
     @invariant()
-    def users_stand_as_told(self) -> None:
+    def states_are_those_of_the_plain_model(self) -> None:
         for user in (f"u{n}" for n in range(6)):
             number, mine = self.service.shard_of(user), self.users.get(user, [])
             log = self.service.shards[number].log
@@ -236,7 +236,7 @@ def _slowly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_slowly")
 @pytest.mark.parametrize("steps", forms("STEPS", "10x20", "60x30"))
-def test_a_service_stands_as_told(
+def test_a_service_agrees_with_the_plain_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: str
 ) -> None:
     """``10x20`` is 10 stories of 20 steps."""

@@ -90,9 +90,9 @@ def test_filters(service: Service) -> None:
     assert service.recommend("a", Wanted(k=3, among=[])).result().items == []
 
 
-def test_somebody_unknown_has_what_the_model_says_of_nobody(service: Service) -> None:
-    assert len(service.recommend("nobody", Wanted(k=3)).result().items) == 3
-    assert service.info("nobody") is None
+def test_an_unknown_user_has_the_list_of_the_initial_state(service: Service) -> None:
+    assert len(service.recommend("stranger", Wanted(k=3)).result().items) == 3
+    assert service.info("stranger") is None
 
 
 def test_a_restart_answers_the_same(tmp_path: Path, models: list[Path]) -> None:
@@ -179,7 +179,7 @@ def test_users_who_were_long_away_are_built_when_they_are_asked_for(
         sent(service, [at(f"u{number}", number + n, 1_000 * number + n) for n in range(4)])
     service.switch(ServedModel.read(models[1]), since=15_000)
     assert service.num_users == 5
-    assert service.info("nobody") is None
+    assert service.info("stranger") is None
     # by a request, by a look, by an event
     assert first(service, "u3") == "i07"
     found = service.info("u4")
@@ -189,7 +189,7 @@ def test_users_who_were_long_away_are_built_when_they_are_asked_for(
     assert first(service, "u5") == "i10"
     assert service.num_users == 8
     service.close()
-    # those who were built are there after a restart, the others are still to be built
+    # states that were built are there after a restart, the others are still to be built
     service = Service(tmp_path, ServedModel.read(models[0]), shards=2)
     assert service.live.name == ServedModel.read(models[1]).name
     assert service.num_users == 8

@@ -95,19 +95,19 @@ def test_an_erased_user_is_gone_and_late_deliveries_do_not_bring_them_back(
 ) -> None:
     path = tmp_path / "shard.sqlite"
     shard = opened(path)
-    events = [Event(f"e{n}", f"somebody-{n % 3}", n % ITEMS, 10**9 + n) for n in range(60)]
+    events = [Event(f"e{n}", f"user-{n % 3}", n % ITEMS, 10**9 + n) for n in range(60)]
     shard.submit(events).result()
-    assert shard.erase("somebody-1").result() == 20
-    assert arena_of(shard).watermark("somebody-1") is None
+    assert shard.erase("user-1").result() == 20
+    assert arena_of(shard).watermark("user-1") is None
     assert not any(r.new for r in shard.submit(events[1:2]).result())
-    assert arena_of(shard).watermark("somebody-1") is None
+    assert arena_of(shard).watermark("user-1") is None
     shard.log.verify()
     shard.close()
     for file in tmp_path.iterdir():
-        assert b"somebody-1" not in file.read_bytes()
+        assert b"user-1" not in file.read_bytes()
     # a user who comes back is a new one
     shard = opened(path)
-    shard.submit([Event("later", "somebody-1", 3, 2 * 10**9)]).result()
+    shard.submit([Event("later", "user-1", 3, 2 * 10**9)]).result()
     check_against_log(arena_of(shard), shard.log)
     shard.close()
 
@@ -142,7 +142,7 @@ def test_readers_never_see_half_a_state(shard: Shard, monkeypatch: pytest.Monkey
     check_against_log(arena_of(shard), shard.log)
 
 
-def test_a_disk_that_refuses_is_told_and_nothing_is_acknowledged(
+def test_a_write_that_the_disk_refuses_raises_and_acknowledges_nothing(
     tmp_path: Path,
 ) -> None:
     shard = opened(tmp_path / "shard.sqlite")

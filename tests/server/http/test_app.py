@@ -1,4 +1,4 @@
-"""The service over HTTP: what comes in, what goes out, who may, and what is refused."""
+"""The service over HTTP: requests, answers, access and refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_events_and_recommendations(client: TestClient) -> None:
     scores = [item["score"] for item in found["items"]]
     assert scores == sorted(scores, reverse=True)
     assert client.post("/v1/recommend", json={**wanted, "min_offset": 10**6}).json()["stale"]
-    assert not client.post("/v1/recommend", json={"user_id": "nobody"}).json()["known"]
+    assert not client.post("/v1/recommend", json={"user_id": "stranger"}).json()["known"]
     about = client.get("/v1/users/a").json()
     assert (about["events"], about["last_offset"]) == (5, newest)
     assert [e["item_id"] for e in about["history"]] == [f"i{n:02d}" for n in range(4, -1, -1)]
@@ -187,10 +187,10 @@ def test_keys_and_scopes(service: Service, tmp_path: Path) -> None:
             assert found.status_code == expected
         assert client.get("/livez").status_code == 200
         assert client.get("/metrics").status_code == 401
-    path.write_text('[{"name": "x", "secret": "tell nobody"}]')
+    path.write_text('[{"name": "x", "secret": "keep quiet"}]')
     with pytest.raises(ValueError, match="expected a JSON list of keys") as refused:
         Keys.read(path)
-    assert "tell nobody" not in str(refused.value)
+    assert "keep quiet" not in str(refused.value)
     assert Keys([msgspec.convert(key("a", "admin"), Key)]).allow("a", "admin")
 
 

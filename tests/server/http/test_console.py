@@ -275,7 +275,7 @@ def test_a_second_delivery_a_time_and_the_switches(page: Page, address: str) -> 
 
 @pytest.mark.browser
 @needs_browser
-def test_nobody_knows_a_user_until_an_event(page: Page, address: str) -> None:
+def test_a_user_is_unknown_until_an_event(page: Page, address: str) -> None:
     page.open(f"{address}/?user=eve/a%3F%23 b")
     page.said("is not known")
     assert page.text("#user-facts") == "Id\neve/a?# b\nState\nnone: not known"

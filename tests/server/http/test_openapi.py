@@ -167,7 +167,7 @@ def test_wrong_keys_cost_nothing(url: str, count: str) -> None:
         assert client.get("/v1/model", headers=AUTHORIZED).status_code == 200
 
 
-def test_slow_clients_keep_nobody_else_waiting(url: str) -> None:
+def test_slow_clients_do_not_delay_other_requests(url: str) -> None:
     """Connections stay open, each for little memory; a proxy in front ends them in time."""
     place = httpx.URL(url)
     slow = [socket.create_connection((place.host, place.port or 80)) for _ in range(100)]

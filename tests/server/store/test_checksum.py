@@ -80,6 +80,6 @@ def test_values_of_no_kind_known(row: tuple[Any, ...]) -> None:
         event_checksum(*row)
 
 
-def test_values_of_facts_are_told_apart() -> None:
+def test_different_values_of_facts_have_different_checksums() -> None:
     assert checksum("a", b"bc") != checksum("ab", b"c")
     assert checksum("a", b"bc") == checksum("a", b"bc")

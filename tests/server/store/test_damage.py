@@ -150,7 +150,7 @@ def test_a_changed_log_is_refused(
         "UPDATE states SET model='another' WHERE user_id='user-5'",
         "UPDATE states SET record=(SELECT record FROM states WHERE user_id='user-6') "
         "WHERE user_id='user-5'",
-        "INSERT INTO states SELECT model, 'nobody', record FROM states WHERE user_id='user-5'",
+        "INSERT INTO states SELECT model, 'stranger', record FROM states WHERE user_id='user-5'",
         "DELETE FROM facts WHERE name LIKE 'watermark%'",
     ],
 )
@@ -200,7 +200,7 @@ def test_an_index_that_does_not_fit_its_table_is_refused(
 
 
 @pytest.mark.parametrize("offset", [-7, 0, 1_000])
-def test_a_row_that_somebody_added_is_found(tmp_path: Path, offset: int) -> None:
+def test_a_row_that_another_program_added_is_found(tmp_path: Path, offset: int) -> None:
     with closing(SqliteLog(tmp_path / "log.sqlite")) as log:
         log.append(EVENTS[:20])
         assert log.verify() == 20

@@ -134,7 +134,7 @@ def test_a_full_disk_while_a_user_is_erased(small_disk: Path) -> None:
     shard.close()
 
 
-def test_a_read_only_disk_is_told(small_disk: Path) -> None:
+def test_a_read_only_disk_raises(small_disk: Path) -> None:
     path = small_disk / "shard.sqlite"
     with closing(SqliteLog(path)) as log:
         log.append(group(0))
@@ -149,7 +149,7 @@ def test_a_read_only_disk_is_told(small_disk: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write what is read-only")
-def test_a_read_only_file_is_told(tmp_path: Path) -> None:
+def test_a_read_only_file_raises(tmp_path: Path) -> None:
     path = tmp_path / "shard.sqlite"
     with closing(SqliteLog(path)) as log:
         log.append(group(0))

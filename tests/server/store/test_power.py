@@ -181,7 +181,7 @@ class Story:
 
     tape: Tape
     steps: list[tuple[int, Known]]
-    """So many acts were on the tape when the log was told to hold that."""
+    """So many acts were on the tape when the log was asked to hold that."""
     events: dict[str, Event]
     certain: list[int]
     """Steps that are on the disk when they are over, with all before them."""

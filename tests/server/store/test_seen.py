@@ -96,11 +96,11 @@ def test_no_more_is_kept_than_is_allowed(log: SqliteLog) -> None:
     for user in "abc":
         append(log, user, 1, 2)
         rows(seen, user)
-    # who asked first goes first
+    # the user of the oldest request is evicted first
     assert list(seen._kept) == ["b", "c"]
-    # of those who are not in the log nothing is kept
+    # nothing is kept of users without events
     for number in range(9):
-        assert rows(seen, f"nobody{number}") == []
+        assert rows(seen, f"stranger{number}") == []
     assert list(seen._kept) == ["b", "c"]
     append(log, "d", *range(8))
     assert len(rows(seen, "d")) == 8
@@ -109,13 +109,13 @@ def test_no_more_is_kept_than_is_allowed(log: SqliteLog) -> None:
     seen.close()
 
 
-def test_who_is_erased_while_being_read_is_not_kept(log: SqliteLog) -> None:
+def test_a_user_erased_during_the_read_is_not_kept(log: SqliteLog) -> None:
     append(log, "a", 1, 2)
     seen = Seen(lambda _: log)
     reading = seen._log("a")
 
     class Slow:
-        """The log of somebody who is erased between the reading and the keeping."""
+        """The log of a user that is erased between the read and the insertion."""
 
         def items_of_user(self, user: str, after: int) -> list[tuple[int, Any]]:
             found = reading.items_of_user(user, after)
