@@ -38,7 +38,7 @@ class History:
         if what == "acknowledged":
             assert isinstance(told, dict)
             for name, offset in told.items():
-                # a second delivery is answered with the offset of the first, in whichever life that was
+                # a second delivery is answered with the offset of the first, in any life
                 assert self.acknowledged.setdefault(name, offset) == offset
         elif what == "switching":
             self.live = {*self.live, str(told)}
