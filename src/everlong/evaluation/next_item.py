@@ -19,6 +19,7 @@ from everlong.evaluation import history
 from everlong.evaluation.interval import METHOD, Estimate
 from everlong.evaluation.metrics import DEFAULT, Metric, estimate, parse_metric, user_means
 from everlong.inference.encode import EVENTS_PER_BATCH, Progress, encode_histories
+from everlong.inference.filters import holds
 from everlong.inference.retriever import Retriever
 from everlong.inference.seen import MemorySeen
 from everlong.inference.topk import SCORES_PER_BATCH
@@ -222,11 +223,8 @@ class _Run(NamedTuple):
         exclude = barred.rows(np.arange(target.num_users)) if self.seen == "mask" else None
         at = target.times.to(self.device)
         places = self.retriever.places(state, target.items, at=at, exclude=exclude).numpy()
-        masked = 0
-        for item, own in zip(target.items.tolist(), exclude or (), strict=False):
-            place = int(own.searchsorted(item))
-            masked += place < own.size and int(own[place]) == item
-        return places, masked
+        pairs = zip(exclude or (), target.items.tolist(), strict=False)
+        return places, sum(holds(own, item) for own, item in pairs)
 
 
 def _note(seen: MemorySeen, events: Batch) -> None:

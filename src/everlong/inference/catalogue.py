@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everlong.inference.filters import NOTHING, Packed, Rows, joined
+from everlong.inference.filters import NOTHING, Packed, Rows, holds, joined
 from everlong.inference.index import PROBES, Index
 from everlong.inference.topk import NONE, SCORES_PER_BATCH, check_k, in_order
 from everlong.models.query import Query
@@ -302,7 +302,7 @@ class Catalogue:
         out = Packed.of(without)
         scores = self._scored(asked, targets[:, None], self.bias)[:, 0]
         barred = np.isneginf(scores)
-        barred |= [bool(np.isin(t, own)) for t, own in zip(targets, exclude, strict=True)]
+        barred |= [holds(own, item) for own, item in zip(exclude, targets.tolist(), strict=True)]
         error, before = self._product_error, np.empty(len(asked), dtype=np.int64)
         count_before(
             *(self._product(asked).numpy(), error.far(asked), error.by_score),

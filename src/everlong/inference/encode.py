@@ -10,8 +10,9 @@ import torch
 from everlong.data.arrays import IntArray
 from everlong.data.dataset import gather, plan_batches
 from everlong.data.events import Events
+from everlong.models.batch import Batch
 from everlong.models.device import device_of, serving
-from everlong.models.state import State, concat, num_users, put, take
+from everlong.models.state import State, take
 from everlong.models.user_model import UserModel
 from everlong.system.threads import yielding
 
@@ -52,34 +53,78 @@ def encode_histories(
     """
     check_ranges(events, start, stop)
     place = device_of(model) if device is None else torch.device(device)
-    lengths = stop - start
-    # empty rows come first, which no batch brings
-    order = np.argsort(lengths, kind="stable")
-    plan = plan_batches(lengths[order], events_per_batch)
-    done = 0
+    order = np.argsort(stop - start, kind="stable")
     with serving(model):
-        parts = [model.initial_state(int(np.count_nonzero(lengths == 0)))]
+        # a copy, because it is written to
+        rows = torch.zeros(len(start), dtype=torch.int64, device=place)
+        found: State = take(model.initial_state(1), rows)
+
+    def write(rows: IntArray, state: State, events: Batch) -> None:
+        index = torch.from_numpy(order[rows]).to(place)
+        for stored, value in zip(found, state, strict=True):
+            stored.index_copy_(0, index, value.to(stored.dtype))
+
+    read_ranges(
+        model,
+        events,
+        start[order],
+        stop[order],
+        before=lambda rows: take(found, torch.from_numpy(order[rows]).to(place)),
+        after=write,
+        events_per_batch=events_per_batch,
+        device=place,
+        progress=progress,
+    )
+    return found
+
+
+def read_ranges(
+    model: UserModel,
+    events: Events,
+    start: IntArray,
+    stop: IntArray,
+    *,
+    before: Callable[[IntArray], State],
+    after: Callable[[IntArray, State, Batch], None],
+    events_per_batch: int = EVENTS_PER_BATCH,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Reads the events ``[start[q], stop[q])`` of each row q into its state, in batches.
+
+    A row longer than ``events_per_batch`` is read in pieces, one batch after the other.
+
+    Args:
+        model: read in eval mode, without gradients.
+        events: the log.
+        start, stop: ``[Q]`` event positions; a row may be empty.
+        before: the states of some rows, where the events are put.
+        after: takes rows, their new states, and the events that were read, on the CPU.
+        events_per_batch: most events read at once.
+        device: where the events are put; default where the model is.
+        progress: called with the events read so far and all events.
+    """
+    place = device_of(model) if device is None else torch.device(device)
+    plan, done = plan_batches(stop - start, events_per_batch), 0
+    with serving(model):
         for number in range(plan.num_batches):
             chosen = slice(plan.batch_offsets[number], plan.batch_offsets[number + 1])
-            begin, end = plan.begin[chosen], plan.end[chosen]
-            first = start[order[plan.row[chosen]]]
-            batch = gather(events, first + begin, first + end)
-            state = model.initial_state(batch.num_users)
-            if begin[0] > 0:
-                parts[-1], unfinished = _split_last(parts[-1])
-                state = put(state, torch.zeros(1, dtype=torch.int64, device=place), unfinished)
-            parts.append(model.final_state(batch.to(place), state))
+            rows = plan.row[chosen]
+            batch = gather(events, start[rows] + plan.begin[chosen], start[rows] + plan.end[chosen])
+            after(rows, read_batch(model, batch.to(place), before(rows)), batch)
             done += batch.num_events
             if progress is not None:
-                progress(done, int(lengths.sum()))
-    back = torch.from_numpy(np.argsort(order)).to(parts[0][0].device)
-    return take(concat(parts), back)
+                progress(done, int((stop - start).sum()))
 
 
-def _split_last(state: State) -> tuple[State, State]:
-    """The states of all users but the last, and that of the last."""
-    rows = torch.arange(num_users(state), device=state[0].device)
-    return take(state, rows[:-1]), take(state, rows[-1:])
+def read_batch(model: UserModel, events: Batch, state: State) -> State:
+    """The state after the events of a batch, each user's in order.
+
+    One event of each user is a step; more are read as in training.
+    """
+    alone = events.num_events == events.num_users and bool((events.lengths == 1).all())
+    found: State = model.step(events, state) if alone else model.final_state(events, state)
+    return found
 
 
 def check_ranges(events: Events, start: IntArray, stop: IntArray) -> None:

@@ -66,6 +66,12 @@ class Packed(NamedTuple):
         return torch.from_numpy(users), torch.from_numpy(self.items)
 
 
+def holds(rising: np.ndarray, item: int) -> bool:
+    """Whether an item is among rising ones."""
+    place = int(rising.searchsorted(item))
+    return place < rising.size and int(rising[place]) == item
+
+
 def joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Rising items of both, each once."""
     if not (one.size and other.size):

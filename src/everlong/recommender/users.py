@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from everlong.data.arrays import IntArray
-from everlong.data.dataset import gather, plan_batches
 from everlong.data.events import Events
-from everlong.inference.encode import EVENTS_PER_BATCH
+from everlong.inference.encode import read_ranges
 from everlong.inference.seen import MemorySeen, UserBytes
 from everlong.models import state as states
 from everlong.models.batch import Batch
-from everlong.models.device import device_of, serving
+from everlong.models.device import device_of
 from everlong.models.state import State
 from everlong.models.user_model import UserModel
 
@@ -167,26 +166,17 @@ class UserTable:
 def read_into(model: UserModel, table: UserTable, events: Events) -> int:
     """Reads events into the states of a table that has their users; returns how many were late."""
     rows = table.rows(events.user_ids.ids(np.arange(events.num_users)))
-    device = device_of(model)
-    plan = plan_batches(events.lengths, EVENTS_PER_BATCH)
-    late = 0
-    with serving(model):
-        for number in range(plan.num_batches):
-            chosen = slice(plan.batch_offsets[number], plan.batch_offsets[number + 1])
-            owner = plan.row[chosen]
-            first = events.offsets[owner]
-            batch = gather(events, first + plan.begin[chosen], first + plan.end[chosen])
-            late += _read_batch(model, table, rows[owner], batch, device)
+    device, late = device_of(model), 0
+
+    def before(some: IntArray) -> State:
+        return states.to_device(table.read_states(torch.from_numpy(rows[some])), device)
+
+    def after(some: IntArray, new: State, batch: Batch) -> None:
+        nonlocal late
+        found = states.detach(states.to_device(new, "cpu"))
+        table.write_states(torch.from_numpy(rows[some]), found)
+        arrays = (batch.offsets.numpy(), batch.items.numpy(), batch.times.numpy())
+        late += table.note(rows[some], *arrays)
+
+    read_ranges(model, events, events.offsets[:-1], events.offsets[1:], before=before, after=after)
     return late
-
-
-def _read_batch(
-    model: UserModel, table: UserTable, rows: IntArray, batch: Batch, device: torch.device
-) -> int:
-    index = torch.from_numpy(rows)
-    state = table.read_states(index)
-    on_device = type(state)(*(value.to(device) for value in state))
-    final = model.final_state(batch.to(device), on_device)
-    table.write_states(index, states.detach(type(final)(*(v.cpu() for v in final))))
-    arrays = (batch.offsets.numpy(), batch.items.numpy(), batch.times.numpy())
-    return table.note(rows, *arrays)

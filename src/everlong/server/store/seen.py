@@ -1,17 +1,17 @@
-"""What users have seen, as rows of a catalogue: read from the log once, and then what is new.
+"""Seen items of users as rows of a catalogue: read from the log once, and then only what is new.
 
-The log is the truth, and one index of it holds what is asked. But who has ten thousand events would
-have them read for every list; so what was read is kept, for those who asked last.
+The log holds the events, and an index of it finds those of a user. The items of users that asked
+last are cached, because those of ten thousand events would be read for every list.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from cachetools import LRUCache
 
 from everlong.data.ids import IdMap
 from everlong.server.store.log import EventLog, EventReader, Id
@@ -41,8 +41,7 @@ class Seen:
     def __init__(self, log_of: Callable[[Id], EventLog], *, capacity: int = CAPACITY) -> None:
         self._log_of, self.capacity = log_of, capacity
         self._logs: dict[EventLog, EventReader] = {}
-        self._kept: OrderedDict[Id, _Own] = OrderedDict()
-        self._size = 0
+        self._kept: LRUCache[Id, _Own] = LRUCache(capacity, getsizeof=_size)
         self._item_ids: IdMap | None = None
         # what was read before somebody was erased is not kept after that
         self._erasures, self._lock = 0, threading.Lock()
@@ -61,7 +60,7 @@ class Seen:
             erasures = self._erasures
             if item_ids is not self._item_ids:
                 self._kept.clear()
-                self._size, self._item_ids = 0, item_ids
+                self._item_ids = item_ids
             own = self._kept.get(user_id, _Own(0, np.empty(0, dtype=np.int64)))
         new = self._log(user_id).items_of_user(user_id, own.offset)
         if new:
@@ -75,7 +74,7 @@ class Seen:
         """Lets go of what is known of a user who is not in the log any more; of any thread."""
         with self._lock:
             self._erasures += 1
-            self._drop(user_id)
+            self._kept.pop(user_id, None)
 
     def close(self) -> None:
         """Closes the logs; of the thread that reads."""
@@ -89,19 +88,14 @@ class Seen:
         return self._logs[log]
 
     def _keep(self, user_id: Id, own: _Own) -> None:
-        """Puts a user last, and lets go of the first ones if there are too many rows."""
-        self._drop(user_id)
-        # of who is not in the log nothing is kept: anybody could make up ids
-        if own.offset:
+        """Caches a user's items; those of the users that asked longest ago make room."""
+        # of users without events nothing is cached: a client can make up any number of ids
+        if own.offset and _size(own) <= self.capacity:
             self._kept[user_id] = own
-            self._size += own.rows.size + ROWS_EACH
-        while self._size > self.capacity:
-            self._drop(next(iter(self._kept)))
 
-    def _drop(self, user_id: Id) -> None:
-        own = self._kept.pop(user_id, None)
-        if own is not None:
-            self._size -= own.rows.size + ROWS_EACH
+
+def _size(own: _Own) -> int:
+    return own.rows.size + ROWS_EACH
 
 
 def _with(rows: np.ndarray, new: list[tuple[int, Id]], item_ids: IdMap) -> np.ndarray:

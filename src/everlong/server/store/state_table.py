@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from everlong.data.ids import IdMap
+from everlong.inference.encode import read_batch
 from everlong.models import state as states
 from everlong.models.state import State
 from everlong.models.user_model import UserModel
@@ -197,9 +198,8 @@ class StateTable:
         touched, lengths = mine[cuts[:-1]], cuts[1:] - cuts[:-1]
         batch = columns.at(known).batch(lengths, self.model.event_fields)
         before = self._states.take(touched)
-        read = self.model.step if touched.size == mine.size else self.model.final_state
         with torch.no_grad():
-            return touched, read(batch, before)
+            return touched, read_batch(self.model, batch, before)
 
     def _note(self, rows: np.ndarray, columns: DecodedEvents) -> int:
         """Moves the watermark of users past events; returns how many of these were late."""
