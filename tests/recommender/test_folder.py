@@ -111,7 +111,7 @@ def test_a_damaged_config_is_refused(folder: Path, text: str, message: str) -> N
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), 99, f"of version 99; .* up to {FORMAT}: install everlong 0.1.0 or later"),
+        (("format",), 99, f"of version 99; .* up to {FORMAT}: install everlong \\S+ or later"),
         (("time_unit",), "parsec", "config.json was changed: its digest does not fit"),
         (("architecture", "dropout"), 0.0, "config.json was changed: its digest does not fit"),
         (("files", "README.md", "bytes"), 1, "config.json was changed: its digest does not fit"),

@@ -1,4 +1,4 @@
-"""The command line: ``everlong demo, fit, evaluate, recommend, serve, verify, data, bench``.
+"""The command line: one command a file, and what all of them share.
 
 Results go to standard output, log lines and errors to standard error. Commands import their modules
 when they run, so that ``--help`` is fast.
@@ -23,6 +23,7 @@ from everlong.cli.evaluate import evaluate
 from everlong.cli.fit import fit
 from everlong.cli.recommend import recommend
 from everlong.cli.serve import serve
+from everlong.cli.upgrade import upgrade
 from everlong.cli.verify import verify_log
 
 MISTAKE, INTERRUPTED, FAULT = 2, 130, 1
@@ -94,7 +95,7 @@ def main(
     )
 
 
-for command in (demo, fit, evaluate, recommend, serve, bench):
+for command in (demo, fit, evaluate, recommend, serve, upgrade, bench):
     app.command()(command)
 app.command("verify")(verify_log)
 

@@ -7,8 +7,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +19,25 @@ import polars as pl
 from everlong.data.events import EventFacts, Events, Ties, read_events
 from everlong.data.ids import IdMap
 from everlong.data.times import TimeUnit
-from everlong.system.atomic import new_folder
+from everlong.system.atomic import new_folder, write_bytes
+from everlong.system.formats import NewerFormatError, Upgraded, check_version, migrate
 
-FORMAT = 1
 MANIFEST = "index.json"
 ARRAYS = ("items", "times", "offsets")
 
 logger = logging.getLogger(__name__)
+
+
+def _version_2(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Names the version of everlong that wrote it."""
+    return {**manifest, "format": 2, "everlong": version("everlong")}
+
+
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_version_2,)
+"""From each version of the manifest to the next; the arrays are those of version 1."""
+
+FORMAT = len(MIGRATIONS) + 1
+KIND = "an event cache"
 
 
 def write_event_cache(events: Events, folder: str | Path) -> None:
@@ -52,6 +65,7 @@ def open_event_cache(folder: str | Path, *, verify: bool = False) -> Events:
         verify: also read every file and compare its sha256.
 
     Raises:
+        NewerFormatError: if a later version of everlong wrote it.
         ValueError: if the folder is not a complete event cache, or a file is truncated or changed.
         FileNotFoundError: if the folder does not exist.
     """
@@ -59,9 +73,7 @@ def open_event_cache(folder: str | Path, *, verify: bool = False) -> Events:
     if not folder.is_dir():
         raise FileNotFoundError(f"no event cache at {folder}; write one with write_event_cache")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"expected format {FORMAT}, received {manifest['format']}")
+        manifest, _ = _read_manifest(folder)
         names = list(manifest["fields"])
         for name in _file_names(len(names)):
             _check_file(folder / name, manifest["files"][name], verify)
@@ -76,10 +88,27 @@ def open_event_cache(folder: str | Path, *, verify: bool = False) -> Events:
             item_ids=IdMap.read(folder / "item_ids.parquet"),
             facts=EventFacts(**facts),
         )
+    except NewerFormatError:
+        raise
     except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
         raise ValueError(
             f"{folder} is not a complete event cache: {error}; delete it and read the log again"
         ) from error
+
+
+def upgrade_event_cache(folder: Path) -> Upgraded:
+    """Brings the manifest of an event cache up to this version; it is replaced whole.
+
+    Raises:
+        NewerFormatError: if a later version of everlong wrote it.
+        OSError: if it cannot be written; then it is as before.
+        ValueError: if the folder is not a complete event cache.
+    """
+    open_event_cache(folder, verify=True)
+    manifest, found = _read_manifest(folder)
+    if found < FORMAT:
+        write_bytes(folder / MANIFEST, json.dumps(manifest, indent=2).encode())
+    return Upgraded(KIND, found, FORMAT)
 
 
 def open_events(
@@ -172,8 +201,18 @@ def _cache_key(paths: Sequence[Path], settings: dict[str, Any]) -> str:
             raise FileNotFoundError(f"no file at {path}; check the path")
         stat = path.stat()
         files.append([str(path.absolute()), stat.st_size, stat.st_mtime_ns])
-    text = json.dumps({"format": FORMAT, "files": files, **settings}, sort_keys=True)
+    # of any version: one that is older is read as well
+    text = json.dumps({"format": 1, "files": files, **settings}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], int]:
+    """The manifest as the latest version has it, and the version that it has."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    found = check_version(
+        folder, KIND, manifest["format"], FORMAT, written_by=manifest.get("everlong")
+    )
+    return migrate(manifest, found, MIGRATIONS), found
 
 
 def _file_names(num_fields: int) -> list[str]:
@@ -191,6 +230,7 @@ def _write_files(events: Events, folder: Path) -> None:
     events.item_ids.write(folder / "item_ids.parquet")
     manifest = {
         "format": FORMAT,
+        "everlong": version("everlong"),
         "facts": asdict(events.facts),
         "fields": list(events.fields),
         "files": {

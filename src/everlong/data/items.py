@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,11 +17,26 @@ from safetensors.numpy import load_file, save
 
 from everlong.data.ids import IdMap
 from everlong.data.reading import Source, describe, read_table
-from everlong.system.atomic import new_folder
+from everlong.system.atomic import new_folder, write_bytes
+from everlong.system.formats import NewerFormatError, Upgraded, check_version, migrate
 
 UNKNOWN = "unknown"
 
+ABOUT = "items.json"
+
 logger = logging.getLogger(__name__)
+
+
+def _version_2(about: dict[str, Any]) -> dict[str, Any]:
+    """Says its version, and that of everlong."""
+    return {"format": 2, "everlong": version("everlong"), **about}
+
+
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_version_2,)
+"""From each version of ``items.json`` to the next; the other files are those of version 1."""
+
+FORMAT = len(MIGRATIONS) + 1
+KIND = "an item table"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -133,23 +150,26 @@ class ItemTable:
         pl.DataFrame(text).write_parquet(buffer, compression="zstd")
         (folder / "text.parquet").write_bytes(buffer.getvalue())
         about = {
+            "format": FORMAT,
+            "everlong": version("everlong"),
             "rows_ignored": self.rows_ignored,
             "categories": {name: column.names for name, column in self.categories.items()},
             "text": list(self.text),
             "vectors": list(self.vectors),
         }
-        (folder / "items.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        (folder / ABOUT).write_text(json.dumps(about, indent=2), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: str | Path) -> ItemTable:
         """Reads the table that ``write`` stored.
 
         Raises:
+            NewerFormatError: if a later version of everlong wrote it.
             ValueError: if the folder is not a complete item table.
         """
         folder = Path(folder)
         try:
-            about = json.loads((folder / "items.json").read_text(encoding="utf-8"))
+            about, _ = _read_about(folder)
             arrays = load_file(folder / "items.safetensors")
             text = pl.read_parquet(folder / "text.parquet", memory_map=False)
             table = cls(
@@ -169,12 +189,39 @@ class ItemTable:
             )
             if len(table.known) != table.num_items:
                 raise ValueError(f"expected {table.num_items} items, received {len(table.known)}")
+        except NewerFormatError:
+            raise
         # the exception class of safetensors derives from Exception only
         except Exception as error:
             raise ValueError(
                 f"{folder} is not a complete item table: {error}; write it again from its source"
             ) from error
         return table
+
+
+def upgrade_items(folder: Path) -> Upgraded:
+    """Brings the description of an item table up to this version; it is replaced whole.
+
+    Raises:
+        NewerFormatError: if a later version of everlong wrote it.
+        OSError: if it cannot be written; then it is as before.
+        ValueError: if the folder is not a whole item table.
+    """
+    ItemTable.read(folder)
+    about, found = _read_about(folder)
+    if found < FORMAT:
+        write_bytes(folder / ABOUT, json.dumps(about, indent=2).encode())
+    return Upgraded(KIND, found, FORMAT)
+
+
+def _read_about(folder: Path) -> tuple[dict[str, Any], int]:
+    """The description as the latest version has it, and the version that it has."""
+    about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    # the first version had none
+    found = check_version(
+        folder, KIND, about.get("format", 1), FORMAT, written_by=about.get("everlong")
+    )
+    return migrate(about, found, MIGRATIONS), found
 
 
 def read_items(

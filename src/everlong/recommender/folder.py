@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from torch import Tensor
 
 from everlong.recommender.migrations import MIGRATIONS, Contents
 from everlong.system.atomic import new_folder
-from everlong.system.formats import check_version, migrate
+from everlong.system.formats import Upgraded, check_version, migrate
 from everlong.system.settings import Settings, load_settings
 
 FORMAT = len(MIGRATIONS) + 1
+KIND = "a model folder"
+BESIDE = ("format", "everlong", "files", "digest")
 CONFIG = "config.json"
 FILES = (
     "model.safetensors",
@@ -46,8 +49,8 @@ class FileFacts(Settings):
 class FolderConfig(Settings):
     """``config.json``: what it takes to build the model again, and where it comes from.
 
-    Beside these are ``format``, the version of the folder; ``files``, the facts of each other file;
-    and ``digest``, the sha256 of all that.
+    Beside these are ``format``, the version of the folder; ``everlong``, the version of the package
+    that wrote it; ``files``, the facts of each other file; and ``digest``, the sha256 of all that.
     """
 
     model: str
@@ -99,7 +102,7 @@ def write_folder(
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         (folder / "README.md").write_text(card)
         files = {name: file_facts((folder / name).read_bytes()) for name in FILES}
-        facts = {"format": FORMAT, **config, "files": files}
+        facts = {"format": FORMAT, "everlong": version("everlong"), **config, "files": files}
         text = json.dumps({**facts, "digest": _digest(facts)}, indent=2)
         (folder / CONFIG).write_text(text + "\n")
 
@@ -124,23 +127,47 @@ def read_folder(path: Path) -> ModelFolder:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"no model folder at {path}; write one with save()")
-    raw, version = read_config(path)
+    raw, found = read_config(path)
     files = _facts_of_files(path, raw)
     data = {name: _checked(path / name, files) for name in FILES}
     try:
         contents = Contents(
-            config={k: v for k, v in raw.items() if k not in ("format", "files", "digest")},
+            config={k: v for k, v in raw.items() if k not in BESIDE},
             weights=load_tensors(data["model.safetensors"]),
             item_ids=pl.read_parquet(data["items.parquet"])["item_id"],
             user_ids=pl.read_parquet(data["users.parquet"])["user_id"],
             users=load_tensors(data["users.safetensors"]),
             metrics=json.loads(data["metrics.json"]),
         )
-        contents = migrate(contents, version, MIGRATIONS)
+        contents = migrate(contents, found, MIGRATIONS)
         config = load_settings(FolderConfig, contents.config)
         return ModelFolder(**{**contents._asdict(), "config": config})
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}; restore it or train again") from error
+
+
+def upgrade_folder(path: Path) -> Upgraded:
+    """Rewrites a model folder of an earlier version as this one writes it; else leaves it.
+
+    Raises:
+        NewerFormatError: if a later version of everlong wrote it.
+        OSError: if it cannot be written; then it is as before.
+        ValueError: if a file is missing, cut or changed.
+    """
+    _, found = read_config(path)
+    if found < FORMAT:
+        stored = read_folder(path)
+        write_folder(
+            path,
+            config=stored.config.model_dump(),
+            weights=stored.weights,
+            item_ids=stored.item_ids,
+            user_ids=stored.user_ids,
+            users=stored.users,
+            metrics=stored.metrics,
+            card=(path / "README.md").read_text(),
+        )
+    return Upgraded(KIND, found, FORMAT)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], int]:
@@ -156,14 +183,13 @@ def read_config(path: Path) -> tuple[dict[str, Any], int]:
             raise ValueError("expected a description with its format")
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a model folder: {CONFIG}: {error}") from error
-    written_by = raw["versions"].get("everlong") if isinstance(raw.get("versions"), dict) else None
-    version = check_version(path, "a model folder", raw["format"], FORMAT, written_by=written_by)
+    found = check_version(path, KIND, raw["format"], FORMAT, written_by=raw.get("everlong"))
     if raw.get("digest") != _digest({key: raw[key] for key in raw if key != "digest"}):
         raise ValueError(
             f"{path / CONFIG} was changed: its digest does not fit; "
             "restore the folder from a copy or train again"
         )
-    return raw, version
+    return raw, found
 
 
 def _facts_of_files(path: Path, raw: Mapping[str, Any]) -> dict[str, FileFacts]:

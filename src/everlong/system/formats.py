@@ -9,13 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 
 class NewerFormatError(ValueError):
     """Raised if a file or folder has a later version of its format than this package reads."""
+
+
+class Upgraded(NamedTuple):
+    """What an upgrade did."""
+
+    kind: str
+    """What was found, such as "a model folder"."""
+    before: int
+    after: int
 
 
 def check_version(

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from everlong.system.atomic import new_folder
+from everlong.system.formats import check_version
 from everlong.system.progress import Progress
 from everlong.text.encoder import Encoded
 from everlong.text.source import (
@@ -318,6 +320,7 @@ class CausalEncoder(nn.Module):
         learned = {key: value for key, value in weights.items() if "lora_" in key}
         about = {
             "format": FORMAT,
+            "everlong": version("everlong"),
             "settings": self.settings,
             "adapters": self._adapters,
             "digest": self.digest,
@@ -341,11 +344,13 @@ class CausalEncoder(nn.Module):
         """
         folder = Path(folder).absolute()
         about = read_json(folder / SETTINGS)
-        if about.get("format") != FORMAT:
-            raise ValueError(
-                f"{folder}: expected format {FORMAT}, received {about.get('format')!r}; it was "
-                "written by another version"
-            )
+        check_version(
+            folder,
+            "an item encoder",
+            about.get("format"),
+            FORMAT,
+            written_by=about.get("everlong"),
+        )
         encoder = cls(folder / MODEL, **about["settings"])
         if about["adapters"] is not None:
             encoder.add_adapters(**about["adapters"])

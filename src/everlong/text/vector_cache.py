@@ -10,13 +10,14 @@ import hashlib
 import logging
 import sqlite3
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from everlong.system.formats import Upgraded, check_version, migrate
 from everlong.system.progress import Progress
 from everlong.text.encoder import Encoded, TextEncoder
 
@@ -32,6 +33,8 @@ WAIT_S = 60.0
 APPLICATION = 0x45764C56
 """The SQLite application id of a vector cache."""
 
+KIND = "a cache of vectors"
+
 TABLE = """
 CREATE TABLE IF NOT EXISTS vectors (
     encoder BLOB NOT NULL, text BLOB NOT NULL, cut INTEGER NOT NULL, vector BLOB NOT NULL,
@@ -40,6 +43,17 @@ CREATE TABLE IF NOT EXISTS vectors (
 """
 
 logger = logging.getLogger(__name__)
+
+
+def _version_2(database: sqlite3.Connection) -> sqlite3.Connection:
+    """Says its version; the table is that of version 1."""
+    return database
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], sqlite3.Connection], ...] = (_version_2,)
+"""From each version of the file to the next, inside one transaction."""
+
+FORMAT = len(MIGRATIONS) + 1
 
 
 class CachedVector(NamedTuple):
@@ -124,7 +138,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with closing(sqlite3.connect(path, timeout=WAIT_S)) as database:
-            _claim(database)
+            _claim(path, database)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = NORMAL")
             yield database
@@ -139,8 +153,43 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def _claim(database: sqlite3.Connection) -> None:
-    """Creates the table in a new file; raises ``DatabaseError`` if it is another database."""
+def is_vector_cache(path: Path) -> bool:
+    """Whether a file is a cache of vectors, by its header."""
+    with path.open("rb") as file:
+        header = file.read(72)
+    return header[:16] == b"SQLite format 3\0" and header[68:] == APPLICATION.to_bytes(4, "big")
+
+
+def upgrade_vector_cache(path: Path) -> Upgraded:
+    """Brings a cache of vectors up to this version.
+
+    Raises:
+        NewerFormatError: if a later version of everlong wrote it.
+        ValueError: if it is something else, or cannot be written; then it is as before.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    try:
+        with closing(sqlite3.connect(uri, uri=True, timeout=WAIT_S)) as database:
+            found = _version_of(path, database)
+            _claim(path, database)
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path} cannot be brought up: {error}") from error
+    return Upgraded(KIND, found, FORMAT)
+
+
+def _version_of(path: Path, database: sqlite3.Connection) -> int:
+    (found,) = database.execute("PRAGMA user_version").fetchone()
+    # the first version left it at 0
+    return check_version(path, KIND, max(1, found), FORMAT)
+
+
+def _claim(path: Path, database: sqlite3.Connection) -> None:
+    """Makes the table in a new file, or brings up an old one.
+
+    Raises:
+        NewerFormatError: if a later version of everlong wrote it.
+        sqlite3.DatabaseError: if another program did.
+    """
     with database:
         # take the write lock before reading, because two processes may open an empty file
         database.execute("BEGIN IMMEDIATE")
@@ -151,6 +200,10 @@ def _claim(database: sqlite3.Connection) -> None:
         elif owner != APPLICATION:
             raise sqlite3.DatabaseError("it contains tables of another program")
         database.execute(TABLE)
+        found = _version_of(path, database)
+        if found < FORMAT:
+            migrate(database, found, MIGRATIONS)
+            database.execute(f"PRAGMA user_version = {FORMAT}")
 
 
 def _look_up(

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from everlong.models.state import State, check_same, field_names
 from everlong.system.atomic import write_bytes
-from everlong.system.formats import NewerFormatError, check_version, migrate
+from everlong.system.formats import NewerFormatError, Upgraded, check_version, migrate
 from everlong.training.migrations import CHECKPOINTS, CheckpointFile
 
 FORMAT = len(CHECKPOINTS) + 1
+KIND = "a checkpoint"
 FILE = "checkpoint.safetensors"
 LOG = "train.jsonl"
 
@@ -72,8 +73,6 @@ class Checkpoint:
             names = field_names(self.carried)
             tensors |= {f"carried/{n}": v for n, v in zip(names, self.carried, strict=True)}
         facts = {
-            "format": FORMAT,
-            "everlong": version("everlong"),
             "run": dict(self.run),
             "position": asdict(self.position),
             "history": self.history,
@@ -86,7 +85,7 @@ class Checkpoint:
             for name, value in tensors.items()
         }
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / FILE, save_tensors(cloned, metadata={"facts": json.dumps(facts)}))
+        _write_file(folder / FILE, CheckpointFile(facts, cloned))
         lines = "".join(json.dumps(record) + "\n" for record in self.history)
         write_bytes(folder / LOG, lines.encode())
 
@@ -105,7 +104,7 @@ class Checkpoint:
         """
         path = folder / FILE
         try:
-            facts, tensors = _read_file(path)
+            facts, tensors = _read_file(path)[0]
             saved = Checkpoint(
                 run=facts["run"],
                 position=Position(**facts["position"]),
@@ -128,16 +127,41 @@ class Checkpoint:
         return replace(saved, carried=_carried(tensors, state_like))
 
 
-def _read_file(path: Path) -> CheckpointFile:
-    """The contents of a checkpoint as the latest version has them."""
+def upgrade_checkpoint(folder: Path) -> Upgraded:
+    """Rewrites a checkpoint of an earlier version as this one writes it; else leaves it.
+
+    Raises:
+        NewerFormatError: if a later version of everlong wrote it.
+        OSError: if it cannot be written; then it is as before.
+        ValueError: if it is damaged.
+    """
+    path = folder / FILE
+    try:
+        stored, found = _read_file(path)
+    except NewerFormatError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}") from error
+    if found < FORMAT:
+        _write_file(path, stored)
+    return Upgraded(KIND, found, FORMAT)
+
+
+def _write_file(path: Path, stored: CheckpointFile) -> None:
+    facts = {**stored.facts, "format": FORMAT, "everlong": version("everlong")}
+    write_bytes(path, save_tensors(stored.tensors, metadata={"facts": json.dumps(facts)}))
+
+
+def _read_file(path: Path) -> tuple[CheckpointFile, int]:
+    """The contents of a checkpoint as the latest version has them, and the version it has."""
     with safe_open(str(path), framework="pt") as file:
         facts = json.loads(file.metadata()["facts"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # the first version had none
     found = check_version(
-        path, "a checkpoint", facts.get("format", 1), FORMAT, written_by=facts.get("everlong")
+        path, KIND, facts.get("format", 1), FORMAT, written_by=facts.get("everlong")
     )
-    return migrate(CheckpointFile(facts, tensors), found, CHECKPOINTS)
+    return migrate(CheckpointFile(facts, tensors), found, CHECKPOINTS), found
 
 
 def _check_run(path: Path, expected: Mapping[str, Any], received: Mapping[str, Any]) -> None:

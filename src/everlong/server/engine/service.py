@@ -9,7 +9,6 @@ data folder/
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import threading
@@ -26,6 +25,7 @@ from everlong.models.state import State
 from everlong.server.engine.reader import Reader
 from everlong.server.engine.served_model import QUERIES, Listed, ServedModel, Wanted
 from everlong.server.engine.shard import Shard
+from everlong.server.store.data_folder import lock_folder
 from everlong.server.store.log import (
     DamagedError,
     Event,
@@ -46,8 +46,6 @@ from everlong.server.store.state_table import StateTable
 from everlong.server.store.watermark import Watermark
 
 log = logging.getLogger(__name__)
-
-LOCK = "service.lock"
 
 
 class Placed(NamedTuple):
@@ -93,7 +91,7 @@ class Service:
     ) -> None:
         self.folder = folder
         make_folder(folder)
-        self._lock = _locked(folder / LOCK)
+        self._lock = lock_folder(folder)
         self.shards: list[Shard] = []
         self.seen = Seen(lambda user_id: self._shard(user_id).log)
         # one model at a time; and, for a moment, what service.json says
@@ -417,14 +415,3 @@ def _stored(model: StoredModel) -> ServedModel | None:
         log.warning("%s holds another model than was served from it", model.folder)
         return None
     return found
-
-
-def _locked(path: Path) -> Any:
-    """A file that only one process holds at a time; the system lets it go if that dies."""
-    file = path.open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise OSError(f"{path.parent} is in use by another process; stop that first") from error
-    return file

@@ -57,7 +57,7 @@ def version_of(path: Path, connection: sqlite3.Connection) -> int:
         )
     row = connection.execute("SELECT value FROM facts WHERE name='everlong'").fetchone()
     written_by = bytes(row[0][:-8]).decode(errors="replace") if row else None
-    return check_version(path, "an event log", found, VERSION, written_by=written_by)
+    return check_version(path, KIND, found, VERSION, written_by=written_by)
 
 
 def upgrade(path: Path, connection: sqlite3.Connection, found: int) -> None:
@@ -180,3 +180,4 @@ def _version_3(log: Log) -> Log:
 MIGRATIONS: tuple[Callable[[Log], Log], ...] = (_version_2, _version_3)
 
 VERSION = len(MIGRATIONS) + 1
+KIND = "an event log"

@@ -44,6 +44,7 @@ def _version_2(about: dict[str, Any]) -> dict[str, Any]:
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (_version_2,)
 
 VERSION = len(MIGRATIONS) + 1
+KIND = "the description of a data folder"
 
 
 def read_about(folder: Path) -> About | None:
@@ -81,7 +82,7 @@ def version_of(folder: Path) -> tuple[int, dict[str, Any]]:
     about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     found = check_version(
         folder / ABOUT,
-        "the description of a data folder",
+        KIND,
         about["version"],
         VERSION,
         written_by=about.get("everlong"),

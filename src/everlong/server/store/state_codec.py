@@ -112,10 +112,11 @@ class Int8:
         """Scales and steps of each field."""
         parts = []
         for value in state:
-            if value.dtype not in WIDE or value.numel() == 0:
+            numbers, width = value.shape[1:].numel(), _width(value.shape[1:])
+            if value.dtype not in WIDE or numbers == 0:
                 parts.append(_bits(value))
                 continue
-            rows = value.reshape(len(value), -1, _width(value.shape[1:])).double()
+            rows = value.reshape(len(value), numbers // width, width).double()
             scale = (rows.abs().amax(dim=2) / 127).float()
             scale[~rows.isfinite().all(dim=2)] = torch.nan
             steps = (rows / scale.double()[..., None]).nan_to_num(0.0).round().to(torch.int8)
@@ -164,9 +165,10 @@ def _bits(value: Tensor) -> np.ndarray:
     """``[n, bytes]`` uint8 of a tensor ``[n, ...]``, the least byte of a number first."""
     if sys.byteorder != "little":
         raise OSError("records of states have the least byte first, as this machine does not")
+    numbers = value.shape[1:].numel()
     if value.numel() == 0:
-        return np.zeros((len(value), 0), dtype=np.uint8)
-    flat = value.detach().cpu().contiguous().reshape(len(value), -1)
+        return np.zeros((len(value), numbers * value.dtype.itemsize), dtype=np.uint8)
+    flat = value.detach().cpu().contiguous().reshape(len(value), numbers)
     return flat.view(torch.uint8).numpy()
 
 
