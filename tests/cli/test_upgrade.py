@@ -72,8 +72,7 @@ def test_an_upgraded_model_answers_as_before(name: str, copied: Path) -> None:
     assert upgrade(copied / "models" / name).exit_code == 0
     events = everlong.open_events(STORED / "events" / "index")
     recommender = everlong.load(copied / "models" / name)
-    found = formats.through_json(formats.ask_model(recommender, events))
-    formats.check(found, formats.expected_of("models")[name], name)
+    formats.check_model(formats.ask_model(recommender, events), name)
 
 
 @pytest.mark.parametrize("kind", ["service", "killed"])

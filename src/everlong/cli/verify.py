@@ -13,7 +13,9 @@ DAMAGED = 3
 
 
 def verify_log(
-    data_dir: Annotated[Path, typer.Argument(help="A data folder of a server, running or stopped.")],
+    data_dir: Annotated[
+        Path, typer.Argument(help="A data folder of a server, running or stopped.")
+    ],
     forget_states: Annotated[
         bool,
         typer.Option(

@@ -27,6 +27,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from everlong.system.cgroups import cgroups
+
 log = logging.getLogger(__name__)
 
 COUNTS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -66,44 +68,13 @@ def quota(root: Path = Path("/")) -> float:
     Args:
         root: where ``proc`` and ``sys`` are.
     """
-    return min((_quota_of(folder) for folder in _cgroups(root)), default=math.inf)
+    return min((_quota_of(folder) for folder in cgroups("cpu", root)), default=math.inf)
 
 
 def _mask() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _cgroups(root: Path) -> Iterator[Path]:
-    """Folders of the cgroups that this process is in, from the inner to the outer."""
-    try:
-        memberships = (root / "proc/self/cgroup").read_text().splitlines()
-        mounts = (root / "proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return
-    paths = {}
-    for line in memberships:
-        number, controllers, path = line.split(":", 2)
-        if number == "0" or "cpu" in controllers.split(","):
-            paths["cgroup2" if number == "0" else "cgroup"] = path
-    for line in mounts:
-        place, _, source = line.partition(" - ")
-        kind, _, options = source.split(" ", 2)
-        if kind not in paths or (kind == "cgroup" and "cpu" not in options.split(",")):
-            continue
-        mounted, point = (_plain(part) for part in place.split()[3:5])
-        inner, outer = Path(paths[kind]), Path(mounted)
-        # a container may see the path of its cgroup on the host, and as a folder only that cgroup
-        below = inner.relative_to(outer) if inner.is_relative_to(outer) else Path()
-        below = Path() if ".." in below.parts else below
-        for part in (below, *below.parents):
-            yield root / point.lstrip("/") / part
-
-
-def _plain(text: str) -> str:
-    """A path of ``mountinfo``, where spaces and the like are written as octal numbers."""
-    return text.encode().decode("unicode_escape")
 
 
 def _quota_of(folder: Path) -> float:
