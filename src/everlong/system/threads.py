@@ -199,9 +199,13 @@ class _Watch:
             return
         openmp = _openmp()
         if hasattr(openmp, "kmp_set_blocktime"):
-            # LLVM's and Intel's: a time of the calling thread, whose default is 200 ms
+            # LLVM's and Intel's: milliseconds that threads of the calling one spin, 200 by default
+            before = openmp.kmp_get_blocktime()
             openmp.kmp_set_blocktime(0)
-            yield
+            try:
+                yield
+            finally:
+                openmp.kmp_set_blocktime(before)
             return
         if not hasattr(openmp, "GOMP_parallel"):
             yield
@@ -241,9 +245,11 @@ def _watching(openmp: Any, count: int, end: threading.Event) -> None:
     while True:
         share = 1.0 if always else crowding.look()
         if not short and share > CROWDED:
+            log.debug("cores are wanted by other work: threads that wait sleep")
             _spin_shortly(openmp, count)
             short = True
         elif short and share < FREE:
+            log.debug("cores are free: threads that wait spin")
             _spin_long(openmp)
             short = False
         if end.wait(None if always else SLEEPING_S if short else SPINNING_S):
