@@ -101,7 +101,7 @@ def test_a_manifest_with_other_paths_or_another_format_is_refused(tmp_path, even
     path = tmp_path / "cache" / "index.json"
     manifest = json.loads(path.read_text())
     for change in (
-        {"format": 2},
+        {"format": "2"},
         {"files": {}},
         {"facts": {"unknown": 1}},
         {"fields": ["a", "b", "c"]},
