@@ -43,7 +43,8 @@ from everlong.models.device import serving
 from everlong.models.item_vectors import item_vectors
 from everlong.models.registry import load_model_class
 from everlong.models.state import bytes_per_user
-from everlong.recommender.fit import fit, make_model
+from everlong.recommender.fit import fit
+from everlong.recommender.recipe import initialised
 from everlong.recommender.recommender import Recommender
 from everlong.system.provenance import hardware, versions
 from everlong.text.item_text import encode_items
@@ -391,7 +392,7 @@ def speed(data: str = "ml-latest-small", data_dir: Path = DATA_DIR) -> None:
         for contestant in ("lru, id", "lru, id + text", "hstu, id", "hstu, id + text"):
             name, with_text, shape = CONTESTANTS[contestant]
             shape = {**shape, "vectors": vectors.shape[1] if with_text else 0}
-            model = make_model(load_model_class(name), parts, shape, seed=turn)
+            model = initialised(load_model_class(name), shape, parts.events.num_items, seed=turn)
             if with_text:
                 found = item_vectors(model)
                 assert found is not None

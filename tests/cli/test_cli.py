@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 import everlong
 from everlong.cli.app import app
 from everlong.cli.options import pairs
-from everlong.data.synthetic import demo_log
+from everlong.data.synthetic import demo_log, exposures
 
 SMALL = [
     *("--set", "dim=8", "--set", "channels=8", "--set", "layers=1"),
@@ -292,3 +292,73 @@ def test_a_killed_fit_resumes_to_the_same_bits(log: Path, whole: Path, tmp_path:
     assert process.returncode == 0, errors
     assert "resumed at epoch" in errors
     assert_same_model(out, whole)
+
+
+@pytest.fixture(scope="module")
+def exposure_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exposures") / "log.parquet"
+    exposures(num_users=60, num_items=40, seed=3).frame.write_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranked(exposure_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a ranker behind a retriever, with what was printed beside."""
+    folder = tmp_path_factory.mktemp("ranked") / "both"
+    retriever = folder.parent / "retriever"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EVERLONG_CACHE", str(folder.parent / "cache"))
+        result = run("fit", exposure_log, "--out", retriever, "--train", "epochs=1", *SMALL)
+        assert result.exit_code == 0, result.stderr
+        result = run(
+            *("fit", exposure_log, "--task", "rank", "--retriever", retriever, "--out", folder),
+            *("--set", 'fields=[["outcome", 2]]', "--set", "dim=16", "--set", "window=4"),
+            *("--train", "epochs=2", "--train", "batch_size=1024", "--candidates", "12"),
+        )
+    assert result.exit_code == 0, result.stderr
+    (folder.parent / "printed").write_text(result.stdout)
+    return folder
+
+
+def test_a_ranker_is_fitted_and_evaluated(exposure_log: Path, ranked: Path, tmp_path: Path) -> None:
+    printed = (ranked.parent / "printed").read_text()
+    assert "ranking: " in printed
+    assert "GAUC" in printed
+    assert "GAUC" in (ranked / "README.md").read_text()
+    made = {path.name for path in (ranked.parent / "both.run").iterdir()}
+    assert made == {"train.jsonl", "learning_curve.png", "quality_by_history.png"}
+    recommender = everlong.load(ranked)
+    assert recommender.model.config.candidates == 12
+    result = run("evaluate", ranked, exposure_log, "--json", tmp_path / "found.json")
+    assert result.exit_code == 0, result.stderr
+    assert "targets of" in result.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    stored = recommender.origin.metrics["ranking"]["metrics"]
+    assert found["ranking"]["metrics"] == stored
+    # the list of both stages, not that of the retriever
+    events = everlong.read_events(exposure_log, fields=["outcome"])
+    assert found["metrics"] == recommender.evaluate(events).as_dict()["metrics"]
+    one, other = (
+        run("evaluate", ranked, exposure_log, "--part", part).stdout
+        for part in ("test", "validation")
+    )
+    assert one != other
+
+
+def test_options_of_another_task_are_refused(log: Path, fitted: Path, tmp_path: Path) -> None:
+    words = ("fit", log, "--out", tmp_path / "model")
+    assert "--label goes with --task rank" in refused(*words, "--label", "liked")
+    rank = (*words, "--task", "rank")
+    assert "expected --retriever and a model folder" in refused(*rank)
+    rank = (*rank, "--retriever", fitted)
+    assert "--baselines goes with --task next-item" in refused(*rank, "--baselines")
+    assert "everlong fit --task next-item" in refused(*rank, "--model", "lru")
+    assert "everlong fit --task rank" in refused(*words, "--model", "ifa")
+    assert "unknown setting 'windows'" in refused(*rank, "--set", "windows=3")
+    assert "no column 'liked'" in refused(*rank, "--label", "liked")
+
+
+def test_errors_of_recommend_speak_of_its_options(fitted: Path) -> None:
+    line = refused("recommend", fitted, "--user", "123456789")
+    assert "--history" in line
+    assert "update()" not in line

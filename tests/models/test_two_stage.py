@@ -1,5 +1,6 @@
 """A retriever and a ranker over one log: one record, one stream of events, one folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from everlong.data.ids import IdMap
 from everlong.data.synthetic import exposures
 from everlong.models.state import field_names
 from everlong.models.two_stage import TwoStage
+from everlong.recommender.fit_ranker import evaluate_ranker
 
 FIELDS = ["label", "outcome"]
 SHAPE = {"dim": 16, "heads": 2, "layers": 1, "window": 4, "fields": (("outcome", 2),)}
@@ -157,3 +159,35 @@ def test_a_retriever_may_know_items_by_their_vectors(log: pl.DataFrame, tmp_path
     assert -1 in found.recommend(**asked)["item_id"]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="add the items before fit_ranker"):
         found.add_items(items(50, 1))
+
+
+def test_the_ranker_is_evaluated_on_its_log(
+    log: pl.DataFrame, both: everlong.Recommender, tmp_path: Path
+) -> None:
+    events = read_events(log, fields=FIELDS, time_unit="s")
+    both.save(tmp_path / "model")
+    loaded = everlong.load(tmp_path / "model")
+    found = evaluate_ranker(loaded, events).as_dict()
+    stored = both.origin.metrics["ranking"]
+    assert found == {name: stored[name] for name in found}
+    assert evaluate_ranker(loaded, events, part="validation").as_dict() != found
+    with pytest.raises(ValueError, match="not the one that the ranker was trained on"):
+        evaluate_ranker(loaded, read_events(log.head(-1), fields=FIELDS, time_unit="s"))
+    with pytest.raises(ValueError, match="expected part 'test'"):
+        evaluate_ranker(loaded, events, part="train")
+
+
+def test_a_loss_is_monitored_for_its_smallest_value(
+    log: pl.DataFrame, retriever: everlong.Recommender, tmp_path: Path
+) -> None:
+    events = read_events(log, fields=FIELDS, time_unit="s")
+    training = {"epochs": 6, "batch_size": 1_024, "lr": 0.05, "monitor": "LogLoss"}
+    found = everlong.fit_ranker(
+        retriever, events, architecture=SHAPE, training=training, folder=tmp_path
+    )
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["LogLoss"] for line in lines]
+    assert found.origin.metrics["ranking"]["best_epoch"] == 1 + int(np.argmin(losses))
+    for monitor, reason in (("Calibration", "1 is best"), ("NDCG", "did you mean 'NDCG@10'")):
+        with pytest.raises(ValueError, match=reason):
+            everlong.fit_ranker(retriever, events, training={"monitor": monitor})

@@ -25,6 +25,7 @@ from everlong.cli.recommend import recommend
 from everlong.cli.serve import serve
 from everlong.cli.upgrade import upgrade
 from everlong.cli.verify import verify_log
+from everlong.cli.words import in_words_of_command_line
 
 MISTAKE, INTERRUPTED, FAULT = 2, 130, 1
 """Exit codes: invalid input, Ctrl-C, an internal error."""
@@ -54,7 +55,7 @@ def explain(error: BaseException) -> tuple[int, str]:
     """The exit code and the message of an error."""
     from everlong.system.interrupt import Interrupted
 
-    text = " ".join(str(error).split())
+    text = in_words_of_command_line(" ".join(str(error).split()))
     if isinstance(error, Interrupted):
         return INTERRUPTED, f"interrupted: {text}"
     if isinstance(error, KeyboardInterrupt):

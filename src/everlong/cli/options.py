@@ -75,6 +75,7 @@ def open_log(
     timestamp: str,
     ties: Literal["stable", "random"],
     seed: int,
+    fields: Sequence[str] = (),
 ) -> Events:
     from everlong.data.event_cache import open_events
 
@@ -83,6 +84,7 @@ def open_log(
         user_id=user_id,
         item_id=item_id,
         timestamp=timestamp or None,
+        fields=fields,
         ties=ties,
         seed=seed,
     )

@@ -1,28 +1,50 @@
-"""Results as text for people: aligned columns, and tables of metrics."""
+"""Results as text for people: tables of metrics."""
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import Box
+from rich.console import Console
+from rich.table import Table
+
 SHOWN = ("NDCG@10", "HitRate@10", "MRR@10")
+SHOWN_OF_RANKERS = ("GAUC", "AUC", "NDCG@10", "MRR", "LogLoss", "ECE")
+
+WIDEST = 100_000
+"""Characters of a line that is not on a terminal, at most."""
+
+PLAIN = Box("    \n    \n----\n    \n    \n    \n    \n    \n", ascii=True)
+"""A line under the header and nothing else, in ASCII: it survives every pipe and file."""
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under a header, the first column to the left and all others to the right."""
-    table = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[place]) for row in table) for place in range(len(header))]
-    lines = []
-    for row in table:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    """Rows under a header, the first column to the left and all others to the right.
+
+    As wide as its cells need, but on a terminal, where it fits the terminal and has a bold header.
+    """
+    table = Table(box=PLAIN, show_edge=False, pad_edge=False, header_style="bold")
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    terminal = sys.stdout.isatty()
+    console = Console(file=io.StringIO(), force_terminal=terminal, highlight=False, markup=False)
+    if not terminal:
+        wide = console.options.update(width=WIDEST)
+        console.width = max(1, console.measure(table, options=wide).maximum)
+    with console.capture() as text:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in text.get().splitlines())
 
 
-def interval(value: Mapping[str, float]) -> str:
-    """A mean with its interval, ``0.1934 (0.1880-0.1987)``."""
+def interval(value: Mapping[str, float | None]) -> str:
+    """A mean with its interval, ``0.1934 (0.1880-0.1987)``; a dash where it is not defined."""
+    if value["mean"] is None:
+        return "-"
     return f"{value['mean']:.4f} ({value['low']:.4f}-{value['high']:.4f})"
 
 
@@ -39,10 +61,6 @@ def metrics_text(result: Mapping[str, Any], metrics: Sequence[str] = SHOWN) -> s
     )
     if result["masked_targets"]:
         head += f"; {result['masked_targets']:,} targets were seen before and rank last"
-    whole = columns(
-        ("metric", "mean (95 % interval)"),
-        [(name, interval(result["metrics"][name])) for name in metrics],
-    )
     cells: dict[str, dict[str, Any]] = {}
     for row in result["by_history_length"]:
         cells.setdefault(row["history"], {})[row["metric"]] = row
@@ -56,7 +74,26 @@ def metrics_text(result: Mapping[str, Any], metrics: Sequence[str] = SHOWN) -> s
         for history, found in cells.items()
     ]
     by_length = columns(("history (events)", "users", "targets", *metrics), parts)
-    return f"{head}\n\n{whole}\n\n{by_length}"
+    return f"{head}\n\n{_with_intervals(result, metrics)}\n\n{by_length}"
+
+
+def ranking_text(result: Mapping[str, Any], metrics: Sequence[str] = SHOWN_OF_RANKERS) -> str:
+    """Metrics of a ranker with their intervals.
+
+    Args:
+        result: what ``RankingEvaluation.as_dict`` returns.
+        metrics: which ones.
+    """
+    head = (
+        f"{result['candidates']:,} labelled candidates in {result['requests']:,} requests of "
+        f"{result['users']:,} users; {result['skipped_requests']:,} requests have one class alone"
+    )
+    return f"{head}\n\n{_with_intervals(result, metrics)}"
+
+
+def _with_intervals(result: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    rows = [(name, interval(result["metrics"][name])) for name in metrics]
+    return columns(("metric", "mean (95 % interval)"), rows)
 
 
 def comparison(

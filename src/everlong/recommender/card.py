@@ -10,7 +10,7 @@ from everlong.models.user_model import UserModel
 if TYPE_CHECKING:
     from everlong.recommender.origin import Origin
 
-SHOWN = ("NDCG@10", "Recall@10", "HitRate@10", "MRR@10")
+SHOWN = ("NDCG@10", "Recall@10", "HitRate@10", "MRR@10", "GAUC", "AUC", "MRR", "LogLoss", "ECE")
 
 
 def card(name: str, origin: Origin, model: UserModel, bytes_per_user: UserBytes) -> str:
@@ -32,8 +32,8 @@ def card(name: str, origin: Origin, model: UserModel, bytes_per_user: UserBytes)
     for part, result in origin.metrics.items():
         lines += [f"## {part}", "", "| metric | mean | 95 % interval |", "|---|---|---|"]
         for metric in SHOWN:
-            if metric in result["metrics"]:
-                value = result["metrics"][metric]
+            value = result["metrics"].get(metric)
+            if value is not None and value["mean"] is not None:
                 lines.append(
                     f"| {metric} | {value['mean']:.4f} | {value['low']:.4f} - {value['high']:.4f} |"
                 )

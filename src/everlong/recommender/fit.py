@@ -5,32 +5,29 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from everlong.data.dataset import Dataset
-from everlong.data.events import Events, read_events, restrict_to_catalogue
+from everlong.data.events import Events, read_events
 from everlong.data.ids import IdMap
 from everlong.data.items import ItemTable
 from everlong.data.reading import Source
-from everlong.data.split import PAPER, TEMPORAL, Protocol, Split, split
-from everlong.evaluation.metrics import DEFAULT
-from everlong.evaluation.next_item import evaluate
+from everlong.data.split import PAPER, TEMPORAL, Protocol, Split, Targets, split
+from everlong.evaluation.metrics import DEFAULT, RANK_METRICS
+from everlong.evaluation.next_item import Evaluation, evaluate
 from everlong.models.decoder import DecoderConfig
 from everlong.models.device import named_device
 from everlong.models.item_vectors import item_vectors
 from everlong.models.registry import config_class, load_model_class, model_name
 from everlong.models.user_model import UserModel
-from everlong.recommender.origin import Origin
+from everlong.recommender.origin import Origin, data_facts
+from everlong.recommender.recipe import follow, initialised, training_settings
 from everlong.recommender.recommender import Recommender
-from everlong.recommender.users import read_into
-from everlong.system.provenance import hardware, versions
-from everlong.system.settings import load_settings, unknown
-from everlong.system.threads import yielding
 from everlong.text.pretrained import decoder_architecture, decoder_of, load_decoder
 from everlong.training.loop import TrainResult
 from everlong.training.next_item import train
@@ -41,7 +38,6 @@ log = logging.getLogger(__name__)
 PROTOCOLS: Mapping[str, Protocol] = {"paper": PAPER, "temporal": TEMPORAL}
 
 
-@yielding()
 def fit(
     events: Source | Events,
     model: str | type[UserModel] = "lru",
@@ -86,61 +82,83 @@ def fit(
     """
     # settings first: a misspelt one must not cost the reading of a long log
     model_class = load_model_class(model)
-    config = training if isinstance(training, TrainConfig) else _training(training)
+    best = {str(metric): RANK_METRICS[metric.name].best for metric in DEFAULT}
+    config = training_settings(TrainConfig, training, best)
     place = named_device(device)
-    measured = [str(metric) for metric in DEFAULT]
-    if config.monitor not in measured:
-        raise ValueError(unknown("monitor", config.monitor, measured, of="TrainConfig"))
     if not isinstance(events, Events):
         events = read_events(events)
     parts = split(events, choose_protocol(protocol, events))
     settings = {**_sizes(model_class, pretrained), **(architecture or {})}
+    data = data_facts(events)
     vectors = None
     if items is not None and items.vectors:
         if "vectors" in {f.name for f in dataclasses.fields(config_class(model_class))}:
             vectors = _vectors_of(items, parts.events.item_ids)
             settings.setdefault("vectors", vectors.shape[1])
+            data["item_vectors"] = items.vector_widths
         else:
             log.info(
                 "model %s knows items by their ids: their vectors are not used",
                 model_name(model_class),
             )
-    network = make_model(model_class, parts, settings, config.seed).to(place)
+    network = initialised(model_class, settings, parts.events.num_items, config.seed).to(place)
     _fill(network, vectors)
     if pretrained is not None:
         load_decoder(decoder_of(network), pretrained)
-    has_validation = parts.validation.user.size > 0
-    if not has_validation:
-        log.warning("no held-out events: the last epoch is kept, and quality is not measured")
-    result = train(
-        network,
-        Dataset(parts.events, parts.train),
-        config,
-        validate=(lambda trained: validation_metrics(trained, parts)) if has_validation else None,
-        folder=None if folder is None else Path(folder),
-        resume=resume,
-        device=device,
-    )
-    data = data_facts(events)
-    if pretrained is not None:
         data["pretrained"] = str(pretrained)
-    if items is not None and vectors is not None:
-        data["item_vectors"] = items.vector_widths
-    origin = Origin(
-        model=model_name(model_class),
-        train=config,
-        protocol=parts.protocol,
-        time_unit=events.facts.time_unit,
-        data=data,
-        metrics=measure(network, parts, result),
-    )
-    recommender = Recommender(network, parts.events.item_ids, origin)
-    known, dropped = restrict_to_catalogue(events, parts.events.item_ids)
-    recommender.users.add(known.user_ids.ids(np.arange(known.num_users)))
-    read_into(network, recommender.users, known)
-    if dropped:
-        log.info("%d events of items outside the training catalogue are in no state", dropped)
-    return recommender
+    return follow(NextItemFit(network, config, events, parts, data, place), folder, resume)
+
+
+@dataclass(frozen=True, eq=False)
+class NextItemFit:
+    """A model that learns to predict the next item, by the parts of a log."""
+
+    model: UserModel
+    config: TrainConfig
+    events: Events
+    parts: Split
+    data: Mapping[str, Any]
+    device: torch.device
+
+    def train(self, folder: Path | None, resume: bool) -> TrainResult:
+        has_validation = self.parts.validation.user.size > 0
+        if not has_validation:
+            log.warning("no held-out events: the last epoch is kept, and quality is not measured")
+        return train(
+            self.model,
+            Dataset(self.parts.events, self.parts.train),
+            self.config,
+            validate=self._validate if has_validation else None,
+            folder=folder,
+            resume=resume,
+            device=self.device,
+        )
+
+    def _validate(self, model: UserModel) -> dict[str, float]:
+        found = self._evaluate(self.parts.validation)
+        return {name: value.mean for name, value in found.metrics.items()}
+
+    def _evaluate(self, targets: Targets) -> Evaluation:
+        return evaluate(self.model, self.parts.events, targets, seen=self.parts.protocol.seen)
+
+    def measure(self) -> Mapping[str, Mapping[str, Any]]:
+        parts = {"validation": self.parts.validation, "test": self.parts.test}
+        return {
+            name: {**self._evaluate(targets).as_dict(), **self.parts.record()}
+            for name, targets in parts.items()
+            if targets.user.size
+        }
+
+    def recommender(self, metrics: Mapping[str, Mapping[str, Any]]) -> Recommender:
+        origin = Origin(
+            model=model_name(type(self.model)),
+            train=self.config,
+            protocol=self.parts.protocol,
+            time_unit=self.events.facts.time_unit,
+            data=self.data,
+            metrics=metrics,
+        )
+        return Recommender(self.model, self.parts.events.item_ids, origin)
 
 
 def choose_protocol(protocol: str | Protocol | None, events: Events) -> Protocol:
@@ -157,55 +175,6 @@ def choose_protocol(protocol: str | Protocol | None, events: Events) -> Protocol
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[protocol]
-
-
-def make_model(
-    model_class: type[UserModel], parts: Split, architecture: Mapping[str, Any], seed: int
-) -> UserModel:
-    """A model for the catalogue of a split, initialised by a seed.
-
-    Raises:
-        ValueError: if a setting is unknown or impossible.
-    """
-    if "num_items" in architecture:
-        raise ValueError("num_items follows from the log: leave it out of the architecture")
-    settings = {**architecture, "num_items": parts.events.num_items}
-    config = load_settings(config_class(model_class), settings)
-    # the caller's random numbers go on as if nothing had been drawn
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return model_class(config)
-
-
-def validation_metrics(model: UserModel, parts: Split) -> dict[str, float]:
-    """Means of all metrics on the validation part."""
-    seen = parts.protocol.seen
-    result = evaluate(model, parts.events, parts.validation, seen=seen)
-    return {name: value.mean for name, value in result.metrics.items()}
-
-
-def measure(model: UserModel, parts: Split, result: TrainResult) -> dict[str, Any]:
-    """Results on validation and test, with protocol, versions and hardware."""
-    facts: dict[str, Any] = {}
-    for name, targets in (("validation", parts.validation), ("test", parts.test)):
-        if targets.user.size:
-            found = evaluate(model, parts.events, targets, seen=parts.protocol.seen)
-            facts[name] = found.as_dict()
-    origin = {"versions": versions(), "hardware": hardware(), "best_epoch": result.best_epoch}
-    return {name: {**values, **parts.record(), **origin} for name, values in facts.items()}
-
-
-def data_facts(events: Events) -> dict[str, Any]:
-    """What identifies a log."""
-    return {
-        "source": Path(events.facts.source).name,
-        "users": events.num_users,
-        "items": events.num_items,
-        "events": events.num_events,
-        "ties": events.facts.ties,
-        "ties_seed": events.facts.seed,
-        "fingerprint": events.fingerprint,
-    }
 
 
 def _sizes(model_class: type[UserModel], pretrained: str | Path | None) -> dict[str, Any]:
@@ -244,7 +213,3 @@ def _fill(model: UserModel, vectors: Tensor | None) -> None:
             f"the architecture has vectors={inside.config.vectors}: expected items with vectors, "
             "received none; pass items=, and leave vectors out of the architecture"
         )
-
-
-def _training(settings: Mapping[str, Any] | None) -> TrainConfig:
-    return load_settings(TrainConfig, settings or {})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from everlong.data.events import Events
 from everlong.data.split import Protocol
 from everlong.training.settings import TrainConfig
 
@@ -29,3 +31,16 @@ class Origin:
     time_unit: str
     data: Mapping[str, Any]
     metrics: Mapping[str, Any]
+
+
+def data_facts(events: Events) -> dict[str, Any]:
+    """What identifies a log."""
+    return {
+        "source": Path(events.facts.source).name,
+        "users": events.num_users,
+        "items": events.num_items,
+        "events": events.num_events,
+        "ties": events.facts.ties,
+        "ties_seed": events.facts.seed,
+        "fingerprint": events.fingerprint,
+    }
