@@ -1,5 +1,5 @@
 # demo: a demonstration; test: fast tests; test-slow: the tests that are slow or need a browser or a
-# GPU; check: format, lint, types and vulnerabilities. Each target installs its requirements.
+# GPU; check: format, lint, types, prose, vulnerabilities. Each target installs its requirements.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -21,6 +21,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/prose.py
 	$(MAKE) audit
 
 # fails on a known vulnerability; passes with a message if the database is not reachable

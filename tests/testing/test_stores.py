@@ -120,7 +120,7 @@ class Rounded(Float32):
 
 
 class Wrong(Int8):
-    """Is not told apart from a codec of another name, and of no length that a record has."""
+    """Is not distinguished from a codec of another name, and of no length that a record has."""
 
     name = "a very long name"
 

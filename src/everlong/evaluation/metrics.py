@@ -158,7 +158,7 @@ def user_means(
 
     Args:
         ranks: ``[Q]`` rank of each target, from 1.
-        users: ``[Q]`` who each target belongs to.
+        users: ``[Q]`` the user of each target.
         metrics: ``M`` metrics.
     """
     unique, inverse, counts = np.unique(users, return_inverse=True, return_counts=True)
@@ -176,7 +176,7 @@ def estimate(
 
     Args:
         ranks: ``[Q]`` rank of each target, from 1.
-        users: ``[Q]`` who each target belongs to.
+        users: ``[Q]`` the user of each target.
         metrics: what to compute.
         seed: of the bootstrap.
 

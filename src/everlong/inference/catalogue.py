@@ -277,7 +277,7 @@ class Catalogue:
         return bias if len(asked.item_bias) == 0 else bias + asked.item_bias
 
     def _best_above(self, asked: _Asked, k: int, exclude: np.ndarray, floor: float) -> Best:
-        """The best of one user, of whom the k-th best score is known to be ``floor`` or higher."""
+        """The best items of one user whose k-th best score is known to be ``floor`` or higher."""
         far, by_score = float(self._error.far(asked)[0]), self._error.by_score
         without = joined(exclude, asked.own[0])
         if self.coarse:

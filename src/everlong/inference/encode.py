@@ -17,7 +17,7 @@ from everlong.models.user_model import UserModel
 from everlong.system.threads import yielding
 
 Progress = Callable[[int, int], None]
-"""Is told how much is done and how much there is in all."""
+"""A callback that receives the amount done and the total amount."""
 
 EVENTS_PER_BATCH = 1 << 15
 

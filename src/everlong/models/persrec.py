@@ -233,7 +233,7 @@ class StreamingPerSRec(PerSRecCore[PerSRecState]):
         return columns.flatten(1), (most - visible) * tokens
 
     def _fold(self, state: PerSRecState) -> PerSRecState:
-        """The states after the first R events of each, who all have R + keep, are folded."""
+        """Folds the first R events of each user; all users have R + keep."""
         rows = torch.arange(state.filled.numel(), device=state.filled.device)
         none = torch.zeros_like(rows)
         whole, nothing = none + self.config.segment, no_events(rows.numel(), rows.device)
@@ -298,6 +298,6 @@ def newest_groups(old: Tensor, new: Tensor, folds: Tensor) -> Tensor:
     added = ((folds.cumsum(0) - folds)[:, None] + number - groups).clamp(min=0)
     user = torch.arange(folds.numel(), device=folds.device)[:, None]
     carried = (number < groups).reshape(*number.shape, *[1] * (old.dim() - 2))
-    # an index beyond the end belongs to a user without new groups, who does not look at it
+    # an index beyond the end belongs to a user without new groups, which does not read it
     fresh = new[added.clamp(max=new.shape[0] - 1)]
     return torch.where(carried, old[user, number.clamp(max=groups - 1)], fresh)

@@ -145,8 +145,8 @@ class Ranker(UserModel[S]):
     def encode(self, events: Batch, state: S | None = None) -> tuple[Tensor, S]:
         """Memories ``[N, U]`` after each event, flat, and the final states.
 
-        The memory of every event would fill the machine: who needs the final state alone calls
-        ``final_state``, who ranks candidates calls ``rank``.
+        The memory of every event would fill the machine: for the final state alone call
+        ``final_state``, to rank candidates call ``rank``.
         """
         if state is None:
             state = self.initial_state(events.num_users)

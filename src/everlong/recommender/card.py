@@ -34,9 +34,11 @@ def card(name: str, origin: Origin, model: UserModel, bytes_per_user: UserBytes)
         for metric in SHOWN:
             value = result["metrics"].get(metric)
             if value is not None and value["mean"] is not None:
-                lines.append(
-                    f"| {metric} | {value['mean']:.4f} | {value['low']:.4f} - {value['high']:.4f} |"
+                # earlier versions stored some metrics without an interval
+                interval = (
+                    "" if value["low"] is None else f"{value['low']:.4f} - {value['high']:.4f}"
                 )
+                lines.append(f"| {metric} | {value['mean']:.4f} | {interval} |")
         lines.append("")
     lines += [
         "## Use",

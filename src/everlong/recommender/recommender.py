@@ -125,7 +125,7 @@ class Recommender:
         logged.
 
         Args:
-            users: ids of known users; or histories of anybody, oldest item first, as a mapping
+            users: ids of known users; or histories of any users, oldest item first, as a mapping
                 from any name to a list of item ids. Nothing is kept of histories.
             k: items for each user; fewer come if the catalogue is smaller or all else was seen.
             filter_seen: leave out the items that a user has seen; by default as the model was

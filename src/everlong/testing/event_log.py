@@ -123,7 +123,7 @@ def _check_reads(log: EventReader, model: _Model, draw: random.Random) -> None:
     rows = [row for one in slices for row in zip(*one, strict=True)]
     before = [stored for stored in everything if stored.offset <= offset]
     expect(f"slices({offset})", rows, list(zip(*Slice.of(before), strict=True)))
-    for user in (*USERS, "nobody"):
+    for user in (*USERS, "stranger"):
         mine = [_stored(log, *one) for one in model.of_user(user)]
         expect(f"of_user({user!r})", log.of_user(user), mine)
         expect(f"last_of_user({user!r}, 3)", log.last_of_user(user, 3), mine[::-1][:3])

@@ -1,4 +1,4 @@
-"""Who goes first where threads are more than cores."""
+"""Priorities of threads where there are more threads than cores."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ BEHIND = 5
 
 
 def step_back() -> None:
-    """Puts this thread behind the one that takes requests and sends answers.
+    """Lowers the priority of this thread below that of the HTTP thread.
 
-    With too much to do it is that one who refuses: if it had to share its core equally with those
-    who work, requests would wait for seconds until they are refused.
+    Under overload the HTTP thread sheds load: with an equal share of the core, requests would wait
+    for seconds before they are refused.
     """
     # elsewhere threads have no niceness of their own
     if sys.platform == "linux":

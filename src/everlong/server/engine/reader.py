@@ -29,7 +29,7 @@ LINGER_S = 0.003
 
 
 class Asked(NamedTuple):
-    """A request, and who waits for its answer."""
+    """A request and the future of its answer."""
 
     user_id: Id
     wanted: Wanted
@@ -92,7 +92,7 @@ class Reader:
         stopping = False
         while not stopping:
             group, stopping = self._next_group()
-            # those that nobody waits for any more are left out
+            # requests that were cancelled are left out
             group = [asked for asked in group if asked.done.set_running_or_notify_cancel()]
             if group:
                 self._serve(group)
@@ -101,7 +101,7 @@ class Reader:
 
     def _next_group(self) -> tuple[list[Asked], bool]:
         asked = self._queue.get()
-        # those who come meanwhile are answered by the same look at the catalogue
+        # requests that arrive meanwhile are answered by the same pass over the catalogue
         time.sleep(max(0.0, self._answered_at + LINGER_S - time.monotonic()))
         group: list[Asked] = []
         while asked is not None:

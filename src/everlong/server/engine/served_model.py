@@ -129,10 +129,10 @@ class ServedModel:
         if catalogue is None or self.index_from is None or len(catalogue) < self.index_from:
             return
         with torch.no_grad():
-            nobody = self.model.user_embedding(self.model.initial_state(1))
-            queries = made_up(catalogue.weight, float(nobody.norm()), QUERIES)
+            without_events = self.model.user_embedding(self.model.initial_state(1))
+            queries = made_up(catalogue.weight, float(without_events.norm()), QUERIES)
             if state is not None and states.num_users(state):
-                # those who are there in place of as many that are made up
+                # vectors of users in place of as many synthetic ones
                 queries = torch.cat([self.model.user_embedding(state).to(queries.dtype), queries])[
                     :QUERIES
                 ]
@@ -142,11 +142,11 @@ class ServedModel:
                 log.warning("%d items and no index: %s", len(catalogue), error)
 
     def warm_up(self) -> None:
-        """Reads an event and makes a list for nobody: what is compiled at the first use is then."""
-        table, somebody = self.table(), self.user_type(0)
+        """Reads an event and makes a list, so that everything compiled at first use is compiled."""
+        table, user_id = self.table(), self.user_type(0)
         fields = dict.fromkeys(self.model.event_fields, 0)
-        table.apply(Slice((1,), (bytes(16),), (somebody,), (self._ids[0],), (0,), (fields,)))
-        self.recommend(table.read([somebody]), [Wanted(k=1)])
+        table.apply(Slice((1,), (bytes(16),), (user_id,), (self._ids[0],), (0,), (fields,)))
+        self.recommend(table.read([user_id]), [Wanted(k=1)])
 
     def hide(self, items: Iterable[Id]) -> None:
         """Keeps items out of every list that is not asked for by name; they replace those before.
@@ -197,7 +197,7 @@ class ServedModel:
         without: Rows,
         among: Sequence[np.ndarray | None],
     ) -> Best:
-        """The lists of users of whom all say a time, or none."""
+        """The lists for requests that either all have a time or all have none."""
         when = torch.tensor([one.at for one in wanted]) if wanted[0].at is not None else None
         most = max(one.k for one in wanted)
         return self.retriever.recommend(state, most, at=when, exclude=without, among=among)

@@ -124,7 +124,7 @@ class Service:
             raise
 
     def _check_empty(self) -> None:
-        """Without service.json there are no events: nobody would know which shard has whom."""
+        """Without service.json there may be no events: the shard of a user would be unknown."""
         files = len(list(self.folder.glob("shard-*.sqlite")))
         if files > len(self.shards) or any(shard.log.total.last for shard in self.shards):
             raise DamagedError(f"{self.folder} has logs but no {ABOUT}; restore it from a copy")
@@ -234,7 +234,7 @@ class Service:
         return served_model.rank(state, candidates, at)
 
     def info(self, user_id: Id) -> UserInfo | None:
-        """What is known of a user; None of one who is not known."""
+        """The watermark and the state size of a user; None for an unknown user."""
         number = self.shard_of(user_id)
         table = self._live_model.tables[number]
         if not table.complete and user_id not in table:
@@ -294,7 +294,7 @@ class Service:
         Args:
             served_model: the model.
             since: users without an event at or after this time are left out at first: each of
-                their states is built when somebody asks for it.
+                their states is built at the first request for it.
         """
         with self._switching:
             self._check_kinds(served_model)

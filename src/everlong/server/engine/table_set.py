@@ -2,7 +2,7 @@
 
 Guarantees: a table that is in the set has every event of the log up to its offset exactly once, in
 order, and no event of a user who was erased. A table comes in by its records and the events after
-them, or by the whole log; records that are damaged, missing or of nobody are built again.
+them, or by the whole log; records that are damaged, missing or without a user are built again.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class TableSet:
             rebuild(self._events, table, spoiled)
 
     def _add(self, table: StateTable) -> None:
-        # those who were erased meanwhile; they may have come back since
+        # users that were erased meanwhile; they may have new events since
         rebuild(self._events, table, self._erased_since.pop(table.name, ()))
         self._catch_up(table)
         if table.complete and table.num_events != self._events.total.events:

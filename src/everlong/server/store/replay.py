@@ -69,7 +69,7 @@ def read_on(log: EventReader, table: StateTable) -> Applied:
 
 
 def rebuild(log: EventReader, table: StateTable, user_ids: Iterable[Id]) -> None:
-    """Reads the whole histories of users; those who have none are forgotten."""
+    """Reads the whole histories of users; users without events are forgotten."""
     for user_id in user_ids:
         table.forget(user_id)
         if events := log.of_user(user_id):

@@ -43,7 +43,7 @@ class Seen:
         self._logs: dict[EventLog, EventReader] = {}
         self._kept: LRUCache[Id, _Own] = LRUCache(capacity, getsizeof=_size)
         self._item_ids: IdMap | None = None
-        # what was read before somebody was erased is not kept after that
+        # rows that were read before an erasure are not kept after it
         self._erasures, self._lock = 0, threading.Lock()
 
     def __len__(self) -> int:

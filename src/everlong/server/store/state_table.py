@@ -72,7 +72,7 @@ class StateTable:
         self.codec = codec
         self.name = digest.hex()
         self.offset = 0
-        """Every event of the log up to here is in the states; kept by whoever applies them."""
+        """Every event of the log up to here is in the states; the caller that applies sets it."""
         self.complete = True
         """Whether every user of the log is here; else some are built when they are asked for."""
         with torch.no_grad():
@@ -112,14 +112,14 @@ class StateTable:
         return [user_id for user_id in self._ids[:count] if user_id is not None]
 
     def watermark(self, user_id: Id) -> Watermark | None:
-        """How far the state of a user goes; None of one who is not known."""
-        # a row may be given to somebody else, and a watermark be moved, in between
+        """The watermark of a user; None for an unknown user."""
+        # the row may be reused and the watermark moved in between
         with self._lock:
             row = self._rows.get(user_id)
             return None if row is None else Watermark(*self._watermarks[row].item())
 
     def read(self, user_ids: Sequence[Id]) -> State:
-        """The states of users; of those who are not known the initial one."""
+        """The states of users; the initial state for unknown users."""
         with self._lock:
             rows = [self._rows.get(user_id, -1) for user_id in user_ids]
             if min(rows, default=-1) >= 0:
@@ -160,7 +160,7 @@ class StateTable:
         So an event that came late takes its place in time.
 
         Args:
-            user_ids: who they are.
+            user_ids: their ids.
             owner: ``[n]`` whose each event is, an index into ``user_ids``.
             columns: ``n`` events in the order of their offsets.
         """
@@ -187,7 +187,7 @@ class StateTable:
     def _advanced(
         self, rows: np.ndarray, columns: DecodedEvents
     ) -> tuple[np.ndarray, State | None]:
-        """Who read something, and their states; events lie user by user."""
+        """The rows of users with new events, and their states; events lie user by user."""
         known = columns.items >= 0
         mine = rows[known]
         if mine.size == 0:
@@ -208,7 +208,7 @@ class StateTable:
         return late
 
     def _add(self, user_ids: Sequence[Id]) -> np.ndarray:
-        """The row of each user; those who are new get one, with the initial state."""
+        """The row of each user; new users get one, with the initial state."""
         new = [user_id for user_id in dict.fromkeys(user_ids) if user_id not in self._rows]
         if new:
             self._place(new)
@@ -318,7 +318,7 @@ class StateTable:
                 self._watermarks[row] = record.watermark
 
     def clear(self) -> None:
-        """Forgets everybody."""
+        """Forgets all users."""
         for user_id in list(self._rows):
             self.forget(user_id)
         self.offset, self.complete = 0, True

@@ -360,7 +360,7 @@ function search(text, { remember = true } = {}) {
     try {
       await showUser(text);
     } catch (error) {
-      // what stands there is of another user, to whom no event may go by mistake
+      // the page shows another user: an event must not be sent for that one by mistake
       if (shown?.text !== text) clear();
       throw error;
     }
