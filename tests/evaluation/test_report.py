@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from everlong.evaluation.report import columns, comparison, metrics_text, ranking_text
+from everlong.evaluation.report import columns, comparison, interval, metrics_text, ranking_text
 
 
 def test_columns_are_aligned() -> None:
@@ -73,3 +73,7 @@ def test_metrics_of_rankers_are_shown_and_what_is_not_defined_is_a_dash() -> Non
     assert lines[0].startswith("4,321 labelled candidates in 12 requests of 3 users; 7 requests")
     assert lines[-2].split() == ["GAUC", "0.2500", "(0.1250-0.5000)"]
     assert lines[-1].split() == ["AUC", "-"]
+
+
+def test_a_mean_without_an_interval_stands_alone() -> None:
+    assert interval({"mean": 0.5, "low": None, "high": None}) == "0.5000"

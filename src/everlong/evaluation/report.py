@@ -42,9 +42,14 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def interval(value: Mapping[str, float | None]) -> str:
-    """A mean with its interval, ``0.1934 (0.1880-0.1987)``; a dash where it is not defined."""
+    """A mean with its interval, ``0.1934 (0.1880-0.1987)``; a dash where it is not defined.
+
+    Version 1 stored some metrics of rankers without an interval: the mean stands alone then.
+    """
     if value["mean"] is None:
         return "-"
+    if value["low"] is None:
+        return f"{value['mean']:.4f}"
     return f"{value['mean']:.4f} ({value['low']:.4f}-{value['high']:.4f})"
 
 

@@ -29,7 +29,7 @@ def _no_moves_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     While a thread beside it does, the writer cannot settle and refuses a group for a moment, though
     the disk has room: a refusal would not say that the disk is full.
     """
-    monkeypatch.setattr("everlong.server.store.sqlite_log.FLUSH_S", 1e6)
+    monkeypatch.setattr("everlong.server.store.wal_flusher.FLUSH_S", 1e6)
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import IO
 
 from everlong.server.store import migrations, service_file
 from everlong.server.store.log import DamagedError
-from everlong.server.store.sqlite_log import SqliteFile, SqliteLog, sqlite_errors
+from everlong.server.store.sqlite_file import SqliteFile, sqlite_errors
+from everlong.server.store.sqlite_log import SqliteLog
 from everlong.system.formats import Upgraded
 
 LOCK = "service.lock"

@@ -15,9 +15,8 @@ import logging
 import secrets
 import sqlite3
 import struct
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +34,8 @@ from everlong.server.store.log import (
     Stored,
     Total,
 )
+from everlong.server.store.sqlite_file import SqliteFile, sqlite_errors
+from everlong.server.store.wal_flusher import LONG, WalFlusher
 from everlong.system.atomic import sync_folder
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,6 @@ BUSY_MS = 100
 
 SOME = 1_024
 """Rows that are verified at once."""
-
-FLUSH_S = 1.0
-"""Time between two movings of events from the write-ahead log into the file."""
-
-LONG = 32_768
-"""Pages of a write-ahead log from which on it is begun anew, for which events wait a moment."""
 
 MAX_OFFSET = (1 << 63) - 1
 MASK = (1 << 64) - 1
@@ -76,88 +71,6 @@ CREATE TABLE states (
 CREATE TABLE facts (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 """
 STATEMENTS = [statement.strip() for statement in SCHEMA.split(";") if statement.strip()]
-
-
-class SqliteFile:
-    """An open SQLite file with named values that have checksums.
-
-    Args:
-        path: the file.
-        connection: to it, without transactions of its own.
-    """
-
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self.path, self.connection = path, connection
-
-    @contextmanager
-    def errors(self, what: str) -> Iterator[None]:
-        """Errors of SQLite as those of the disk, or of what is on it."""
-        with sqlite_errors(self.path, what):
-            yield
-
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All that is written inside reaches the disk together, or none of it does.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
-        run = self.connection.execute
-        with self.errors("written"):
-            run("BEGIN IMMEDIATE")
-            try:
-                yield
-                run("COMMIT")
-            except BaseException:
-                if self.connection.in_transaction:
-                    run("ROLLBACK")
-                raise
-
-    def fact(self, name: str) -> bytes | None:
-        """A value by name.
-
-        Raises:
-            DamagedError: if it is not what was put.
-        """
-        with self.errors("read"):
-            row = self.connection.execute(
-                "SELECT value FROM facts WHERE name=?", (name,)
-            ).fetchone()
-        if row is None:
-            return None
-        value, stored = bytes(row[0][:-8]), bytes(row[0][-8:])
-        if checksum(name, value) != stored:
-            raise DamagedError(
-                f"{self.path}: the fact {name!r} is not what was written; restore the file from a "
-                "copy"
-            )
-        return value
-
-    def need(self, name: str) -> bytes:
-        """A value that must be there.
-
-        Raises:
-            DamagedError: if it is not, or is not what was put.
-        """
-        value = self.fact(name)
-        if value is None:
-            raise DamagedError(f"{self.path} has no fact {name!r}; restore it from a copy")
-        return value
-
-    def put_fact(self, name: str, value: bytes) -> None:
-        """Sets a value by name."""
-        self.connection.execute(
-            "INSERT INTO facts VALUES (?, ?) ON CONFLICT DO UPDATE SET value=excluded.value",
-            (name, value + checksum(name, value)),
-        )
-
-    def drop_fact(self, name: str) -> None:
-        """Takes a value by name away, if it is there."""
-        self.connection.execute("DELETE FROM facts WHERE name=?", (name,))
-
-    def close(self) -> None:
-        """Closes the file."""
-        self.connection.close()
 
 
 class SqliteReader:
@@ -389,7 +302,7 @@ class SqliteLog(SqliteReader):
         """Whether something of users who were erased may be in the write-ahead log: after a kill,
         and where it could not be emptied."""
         self._refused = False
-        self._flusher: Flusher | None = None
+        self._flusher: WalFlusher | None = None
         make_folder(path.parent)
         with sqlite_errors(path, "opened"):
             self.file = SqliteFile(path, connect(path))
@@ -540,7 +453,7 @@ class SqliteLog(SqliteReader):
 
     def flush_beside(self) -> Self:
         """Has a thread move the write-ahead log into the file from now on, beside the writer."""
-        self._flusher = Flusher(self.path)
+        self._flusher = WalFlusher(self.path)
         return self
 
     def tidy(self) -> None:
@@ -590,66 +503,6 @@ class SqliteLog(SqliteReader):
             log.warning("the write-ahead log cannot be emptied: %s", error)
             return False
         return bool(answer[0] == 0)
-
-
-class Flusher:
-    """A thread that moves a write-ahead log into its file, a little at a time.
-
-    All at once would keep the disk from the writer for a tenth of a second.
-
-    Args:
-        path: the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.moving = threading.Lock()
-        """Held while something is moved."""
-        self.ready = False
-        """Whether something was moved since the writer looked."""
-        self.pages = 0
-        """Pages that the write-ahead log had then."""
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._flush, name=f"flush {path.name}")
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stops the thread."""
-        self._closing.set()
-        self._thread.join()
-
-    def _flush(self) -> None:
-        while not self._closing.wait(FLUSH_S):
-            try:
-                if self._move() >= LONG:
-                    # once more, so that next to nothing is left for the writer to move
-                    self._move()
-            except (sqlite3.Error, OSError) as error:
-                log.warning("the write-ahead log cannot be moved: %s", error)
-
-    def _move(self) -> int:
-        """Moves what no reader needs; returns how many pages the write-ahead log has."""
-        with self.moving, closing(sqlite3.connect(self.path)) as beside:
-            _, pages, _ = beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            self.ready, self.pages = True, int(pages)
-        return self.pages
-
-
-@contextmanager
-def sqlite_errors(path: Path, what: str) -> Iterator[None]:
-    """Errors of SQLite as those of the disk, or of what is on it."""
-    try:
-        yield
-    except sqlite3.ProgrammingError:
-        raise
-    except sqlite3.DatabaseError as error:
-        # a table that is not there, or a text that is none, which comes without a code
-        wrong = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) == sqlite3.SQLITE_ERROR
-        if isinstance(error, sqlite3.OperationalError) and not wrong:
-            raise OSError(f"{path} cannot be {what}: {error}") from error
-        raise DamagedError(
-            f"{path} is not what was written: {error}; restore it from a copy"
-        ) from error
 
 
 def make_folder(folder: Path) -> None:
